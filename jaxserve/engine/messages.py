@@ -1,0 +1,99 @@
+"""What crosses the line between text (detokenising, stop strings, HTTP) and tokens (the core).
+
+In one process these structs are handed over as they are; between the HTTP process and the engine
+process they travel as msgpack over a local socket. A request with n > 1 is n core requests.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from jaxserve.outputs import FinishReason
+
+
+class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
+    """One sequence to generate. Already validated; `max_tokens` fits the context and the pool."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    """None: the engine draws one."""
+    sample_index: int = 0
+    """Which of the request's n sequences this is: part of the random key."""
+    logprobs: int | None = None
+    stop_token_ids: list[int] = []
+    """Tokens that end the sequence (end-of-sequence tokens among them unless ignored)."""
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """End a sequence now. Aborting an unknown or finished one does nothing."""
+
+    id: str
+    keep: int | None = None
+    """How many of its tokens count, when a stop string ended it; None: the client went away."""
+
+
+class StatsRequest(msgspec.Struct, tag="stats"):
+    pass
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    pass
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Logprobs of one generated token: itself first, then the likeliest in order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+    """1 for the likeliest token."""
+
+
+class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step added to one sequence."""
+
+    id: str
+    token_ids: list[int] = []
+    """New tokens, a stop token that ended the sequence included."""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+
+
+class Outputs(msgspec.Struct, tag="outputs"):
+    """All that one step gave, in one message."""
+
+    outputs: list[CoreOutput]
+
+
+class Status(msgspec.Struct, tag="status"):
+    """Sent by the engine process on every change of state, and at least once a second."""
+
+    state: Literal["loading", "ready", "warm", "failed"]
+    steps: int = 0
+    """Steps finished since start; a watchdog looks for it to move while work is waiting."""
+    message: str = ""
+
+
+class Hello(msgspec.Struct, tag="hello", kw_only=True):
+    """Facts the text side needs, sent once when the model is loaded."""
+
+    max_model_len: int
+    max_request_tokens: int
+    """Prompt plus output that the block pool can hold for a single sequence."""
+    vocab_size: int
+
+
+class Stats(msgspec.Struct, tag="stats_reply"):
+    values: dict[str, Any]
+
+
+ToCore = CoreRequest | Abort | StatsRequest | Shutdown
+FromCore = Outputs | Status | Hello | Stats

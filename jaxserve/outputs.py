@@ -1,0 +1,44 @@
+"""What a request gives back, in the field's shapes: `o.prompt`, `o.outputs[0].text`."""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Logprob(msgspec.Struct):
+    """Natural log of one token's probability under the model (before temperature and filters)."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class CompletionOutput(msgspec.Struct):
+    """One of a request's `n` sequences: all of it so far, or with output_kind="delta" what is new."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None for end-of-sequence and length."""
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class RequestOutput(msgspec.Struct):
+    """The state of one request after a step."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+    error: str | None = None
+    """Set when the request failed in the engine; its outputs then have finish_reason "error"."""

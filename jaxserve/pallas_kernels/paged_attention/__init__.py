@@ -1,0 +1,62 @@
+"""Paged attention: one seam, several implementations with the same contract.
+
+    paged_attention(q, k, v, pool, meta, ...) -> (out, pool)
+
+writes this step's keys and values into the pool, then attends. `reference.py` is the specification.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+
+from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta, ragged_meta
+from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
+
+__all__ = ["AttentionMeta", "Implementation", "Masking", "PoolShape", "paged_attention", "ragged_meta"]
+
+Implementation = Literal["reference", "xla", "gpu"]
+
+
+class Masking(NamedTuple):
+    """What a layer adds to plain causal attention. Static: part of the program."""
+
+    window: int = 0
+    """A row sees itself and the window - 1 positions before it; 0: all."""
+    soft_cap: float = 0.0
+    """cap * tanh(logit / cap); 0: none."""
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pool: jax.Array,
+    meta: AttentionMeta,
+    *,
+    scale: float,
+    masking: Masking = Masking(),
+    sinks: jax.Array | None = None,
+    alibi: jax.Array | None = None,
+    implementation: Implementation = "xla",
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of N query rows over a paged pool that first receives their k and v.
+
+    q `[N, heads, dim]`, k and v `[N, kv_heads, dim]` (query head h reads KV head h // (heads // kv_heads)),
+    pool `[num_blocks, 2, kv_heads, block_size, dim]`, `sinks` and `alibi` float32 `[heads]` (a sink is an
+    extra logit that takes mass and gives nothing; ALiBi adds slope * (key position - query position)).
+    Returns out `[N, heads, dim]` of q's type (undefined in padding rows) and the pool. Softmax and
+    accumulation are float32. `interpret` runs Pallas kernels in interpret mode.
+    """
+    options = {"scale": scale, "masking": masking, "sinks": sinks, "alibi": alibi}
+    if implementation == "gpu":
+        from jaxserve.pallas_kernels.paged_attention import gpu
+
+        return gpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
+    if implementation == "reference":
+        from jaxserve.pallas_kernels.paged_attention import reference
+
+        return reference.paged_attention(q, k, v, pool, meta, **options)
+    from jaxserve.pallas_kernels.paged_attention import xla
+
+    return xla.paged_attention(q, k, v, pool, meta, **options)

@@ -1,0 +1,64 @@
+"""The KV pool of one layer: `[num_blocks, 2, kv_heads, block_size, head_dim]`, keys then values.
+
+A block is one contiguous slab, so that copying or moving it is one copy, and a head is an axis, so
+that a mesh shards it. Block 0 is the dummy that padding writes to. On the CPU 16-bit floats are kept
+as their bits (uint16): XLA's CPU scatter would convert a bf16 pool to float32 and back.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
+
+
+class PoolShape(NamedTuple):
+    """Size and storage type of one layer's pool."""
+
+    num_blocks: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: jnp.dtype
+    """Type of the numbers; `storage` is the type of the array."""
+    bits: bool = False
+    """Keep 16-bit floats as uint16."""
+
+    @property
+    def storage(self) -> jnp.dtype:
+        return jnp.dtype(jnp.uint16) if self.bits and self.dtype.itemsize == 2 else self.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_blocks, 2, self.kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+
+
+def encode(x: jax.Array, pool: jax.Array) -> jax.Array:
+    """Numbers as the pool stores them; x already has the pool's number type where it keeps bits."""
+    return lax.bitcast_convert_type(x, pool.dtype) if pool.dtype == jnp.uint16 else x.astype(pool.dtype)
+
+
+def decode(stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Numbers of type `dtype` from what the pool stores."""
+    return lax.bitcast_convert_type(stored, dtype) if stored.dtype == jnp.uint16 else stored.astype(dtype)
+
+
+def write(pool: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMeta) -> jax.Array:
+    """The pool with k and v `[N, kv_heads, head_dim]` at each row's position, in place when donated."""
+    num_blocks, _, heads, size, dim = pool.shape
+    pos = jnp.maximum(meta.row_pos, 0)
+    block = meta.block_tables[meta.row_seq, pos // size]
+    block = jnp.where(meta.row_pos < 0, 0, block)
+    # one flat row index over (block, k or v, head, slot): a scatter whose window is one head's row
+    plane = block[:, None] * (2 * heads) + jnp.arange(2 * heads, dtype=jnp.int32)
+    rows = plane * size + (pos % size)[:, None]
+    new = encode(jnp.concatenate([k, v], axis=1), pool)
+    flat = pool.reshape(num_blocks * 2 * heads * size, dim)
+    flat = flat.at[rows].set(new, mode="promise_in_bounds")
+    return flat.reshape(pool.shape)
