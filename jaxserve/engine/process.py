@@ -1,0 +1,92 @@
+"""The engine process: one core behind a local socket, started by the HTTP process.
+
+A frame is four bytes of length, then a msgpack message of `jaxserve.engine.messages`.
+"""
+
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.core_loop import Core, CoreLoop
+from jaxserve.engine.messages import FromCore, Status, ToCore
+from jaxserve.errors import JaxserveError
+
+LENGTH = struct.Struct(">I")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: ToCore | FromCore) -> bytes:
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def run(sock: socket.socket, make_core: Callable[[], Core]) -> int:
+    """Serve one core to the process at the other end of `sock`, and end when that process does."""
+    # The HTTP process decides when to stop: a signal for the whole group (Ctrl-C, a service manager)
+    # must not take the engine away from requests that are draining.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    sending = threading.Lock()
+
+    def emit(message: FromCore) -> None:
+        frame = encode_frame(message)
+        with sending:
+            sock.sendall(frame)
+
+    loop = CoreLoop(make_core, emit)
+    threading.Thread(target=_read, args=(sock, loop), name="reader", daemon=True).start()
+    try:
+        loop.run()
+    except Exception as error:
+        if not isinstance(error, JaxserveError):
+            logging.getLogger(__name__).exception("the engine failed")
+        emit(Status(state="failed", message=reason_of(error)))
+        return 1
+    return 0
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a person: ours say enough, others need their kind."""
+    return str(error) if isinstance(error, JaxserveError) else f"{type(error).__name__}: {error}"
+
+
+def _read(sock: socket.socket, loop: CoreLoop) -> None:
+    decoder = msgspec.msgpack.Decoder(ToCore)
+    stream = sock.makefile("rb")
+    try:
+        while header := stream.read(LENGTH.size):
+            loop.send(decoder.decode(stream.read(*LENGTH.unpack(header))))
+    except (OSError, struct.error, msgspec.DecodeError) as error:
+        logging.getLogger(__name__).error("the HTTP process was cut off: %s", error)
+    os._exit(0)  # the HTTP process is gone, and no one is left to serve
+
+
+def main(argv: list[str], factory: Callable[..., Core] | None = None) -> None:
+    """`argv`: file descriptor of the socket, replica, log level, and the EngineConfig as JSON."""
+    fd, replica, log_level, options = argv
+    config = msgspec.json.decode(options, type=EngineConfig)
+    logging.basicConfig(
+        level=log_level.upper(), format=f"%(asctime)s %(levelname)s engine[{replica}] %(name)s: %(message)s"
+    )
+
+    if factory is None:
+        from jaxserve.engine.core import EngineCore
+
+        factory = EngineCore
+    status = run(socket.socket(fileno=int(fd)), partial(factory, config, replica=int(replica)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for compilations that still run in background threads
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
