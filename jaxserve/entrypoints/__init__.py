@@ -1,0 +1,1 @@
+"""Module names that scripts written for vLLM start."""
