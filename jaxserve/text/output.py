@@ -1,0 +1,195 @@
+"""From requests to core requests, and from the core's tokens to `RequestOutput`s.
+
+The same for the in-process engine and for the HTTP process.
+"""
+
+from collections.abc import Sequence
+
+from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
+from jaxserve.errors import InvalidRequest
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.sequence import OutputSequence
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class OutputProcessor:
+    """Keeps every request that is under way; a request with `n` > 1 is `n` core requests."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        max_request_tokens: int | None = None,
+        vocab_size: int | None = None,
+    ):
+        """`max_request_tokens`: what the KV pool holds for one sequence, where that is less than
+        `max_model_len`; `vocab_size`: the model's, if not the tokenizer's."""
+        self._tokenizer = tokenizer
+        self._eos = list(eos_token_ids)
+        self._max_model_len = max_model_len
+        self._max_request_tokens = min(max_request_tokens or max_model_len, max_model_len)
+        self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
+        self._requests: dict[str, _Request] = {}
+        self._sequences: dict[str, tuple[_Request, OutputSequence]] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+    ) -> list[CoreRequest]:
+        """The core requests, with ids `request_id#0` … `request_id#n-1`.
+
+        Raises InvalidRequest for what the model, its context or its pool cannot take.
+        """
+        if request_id in self._requests:
+            raise InvalidRequest(f"request_id {request_id!r} is already in use", "request_id")
+        self._check_tokens(prompt_token_ids, "prompt")
+        self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
+        max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
+        eos = [] if params.ignore_eos else self._eos
+        request = _Request(request_id, prompt, prompt_token_ids, params)
+        for i in range(params.n):
+            sequence = OutputSequence(i, prompt_token_ids, params, self._tokenizer, frozenset(eos))
+            request.sequences.append(sequence)
+            self._sequences[request.core_id(i)] = (request, sequence)
+        self._requests[request_id] = request
+        return [
+            CoreRequest(
+                id=request.core_id(i),
+                prompt=prompt_token_ids,
+                max_tokens=max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                min_p=params.min_p,
+                seed=params.seed,
+                sample_index=i,
+                logprobs=params.logprobs,
+                stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
+            )
+            for i in range(params.n)
+        ]
+
+    def process(self, outputs: list[CoreOutput]) -> tuple[list[RequestOutput], list[Abort]]:
+        """One RequestOutput for each request with something to show, and what the core must end.
+
+        Outputs of sequences that are unknown, aborted or ended are ignored.
+        """
+        touched: dict[str, _Request] = {}
+        aborts: list[Abort] = []
+        for out in outputs:
+            if out.id not in self._sequences:
+                continue
+            request, sequence = self._sequences[out.id]
+            touched[request.id] = request
+            if out.finish_reason == "error":
+                request.fail(out.error or "the engine gave no reason")
+                aborts += [Abort(id) for id in self._drop(request) if id != out.id]
+                continue
+            if sequence.add(out):
+                aborts.append(Abort(out.id, keep=sequence.num_tokens))
+            if sequence.finish_reason is not None:
+                del self._sequences[out.id]
+        return [output for request in touched.values() if (output := self._output(request))], aborts
+
+    def abort(self, request_id: str) -> list[Abort]:
+        """Forgets a request; the core must end what of it is still running."""
+        request = self._requests.get(request_id)
+        return [Abort(id) for id in self._drop(request)] if request else []
+
+    def fail_all(self, error: str) -> list[RequestOutput]:
+        """Ends every request with `error`, because the core is gone."""
+        requests = list(self._requests.values())
+        for request in requests:
+            request.fail(error)
+            self._drop(request)
+        return [output for request in requests if (output := self._output(request))]
+
+    def _output(self, request: "_Request") -> RequestOutput | None:
+        finished = all(sequence.finish_reason is not None for sequence in request.sequences)
+        if finished:
+            self._requests.pop(request.id, None)
+        return request.output(finished)
+
+    def _drop(self, request: "_Request") -> list[str]:
+        """Forgets a request; the ids of its sequences that were still running."""
+        self._requests.pop(request.id, None)
+        ids = [request.core_id(sequence.index) for sequence in request.sequences]
+        return [id for id in ids if self._sequences.pop(id, None)]
+
+    def _check_tokens(self, ids: Sequence[int], field: str) -> None:
+        limit = self._vocab_size
+        for i, token in enumerate(ids):
+            if type(token) is not int or token < 0 or (limit is not None and token >= limit):
+                wanted = "a token id" if limit is None else f"a token id between 0 and {limit - 1}"
+                raise InvalidRequest(f"{field}[{i}] must be {wanted}, not {token!r}", f"{field}[{i}]")
+
+    def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
+        limits = (
+            (self._max_model_len, "the model's context of {} tokens"),
+            (self._max_request_tokens, "the {} tokens that the KV pool holds for one request"),
+        )
+        for limit, name in limits:
+            if prompt >= limit:
+                raise InvalidRequest(
+                    f"the prompt has {prompt} tokens and leaves no room for output in {name.format(limit)}",
+                    "prompt",
+                    "context_length_exceeded",
+                )
+            if max_tokens is not None and prompt + max_tokens > limit:
+                raise InvalidRequest(
+                    f"max_tokens is {max_tokens} and the prompt has {prompt} tokens: together "
+                    f"{prompt + max_tokens}, more than {name.format(limit)}",
+                    "max_tokens",
+                    "context_length_exceeded",
+                )
+        return self._max_request_tokens - prompt if max_tokens is None else max_tokens
+
+
+class _Request:
+    def __init__(self, id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams):
+        self.id = id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.kind = params.output_kind
+        self.sequences: list[OutputSequence] = []
+        self.error: str | None = None
+        self._told: set[int] = set()  # sequences whose end a delta has carried
+
+    def core_id(self, index: int) -> str:
+        return f"{self.id}#{index}"
+
+    def fail(self, error: str) -> None:
+        self.error = error
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                sequence.fail()
+
+    def output(self, finished: bool) -> RequestOutput | None:
+        """What this step is to show of the request, if anything."""
+        if self.kind == "final" and not finished:
+            return None
+        sequences = self.sequences
+        if self.kind == "delta":
+            sequences = [s for s in sequences if s.has_news and s.index not in self._told]
+            self._told.update(s.index for s in sequences if s.finish_reason is not None)
+            if not sequences:
+                return None
+        return RequestOutput(
+            request_id=self.id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[sequence.take(clear=self.kind == "delta") for sequence in sequences],
+            finished=finished,
+            error=self.error,
+        )

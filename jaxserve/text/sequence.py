@@ -1,0 +1,113 @@
+"""One sequence on its way out: tokens become text, and end where a stop string says so."""
+
+from collections.abc import Sequence
+
+from jaxserve.engine.messages import CoreOutput, TokenLogprobs
+from jaxserve.outputs import CompletionOutput, FinishReason, Logprob
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.detokenizer import Detokenizer, new_detokenizer
+from jaxserve.text.stop import StopChecker
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class OutputSequence:
+    """Collects what one core request generated; `take` hands it out."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        eos: frozenset[int],
+    ):
+        """`eos`: end-of-sequence tokens, which give no `stop_reason` (empty when they are ignored)."""
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0
+        self._params = params
+        self._tokenizer = tokenizer
+        self._eos = eos
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = new_detokenizer(tokenizer, prompt, params.skip_special_tokens)
+        self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output)
+        self._stop_reason: int | str | None = None
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+
+    def add(self, out: CoreOutput) -> bool:
+        """Takes a step's tokens; True when a stop string ended the sequence, which the core must hear."""
+        stop_token = out.token_ids[-1] if out.finish_reason == "stop" and out.token_ids else None
+        last = len(out.token_ids) - 1
+        for i, token in enumerate(out.token_ids):
+            self.num_tokens += 1
+            self._token_ids.append(token)
+            if out.logprobs is not None and self._logprobs is not None:
+                self._add_logprobs(out.logprobs[i])
+            silent = stop_token is not None and i == last and not self._params.include_stop_str_in_output
+            if not silent and self._detokenizer and self._show(self._detokenizer.push(token)):
+                return out.finish_reason is None or i < last
+        if out.finish_reason is not None:
+            self._finish(out.finish_reason, stop_token)
+        return False
+
+    def fail(self) -> None:
+        self.finish_reason = "error"
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is text to show (or, where there never is text, a token), or an end."""
+        return self.finish_reason is not None or bool(self._text if self._detokenizer else self._token_ids)
+
+    def take(self, clear: bool) -> CompletionOutput:
+        """All so far; with `clear` what is new since the last call."""
+        text = "".join(self._text)
+        output = CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=self._token_ids.copy(),
+            cumulative_logprob=self._cumulative_logprob,
+            logprobs=None if self._logprobs is None else self._logprobs.copy(),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+        self._text = [] if clear or not text else [text]
+        if clear:
+            self._token_ids.clear()
+            if self._logprobs is not None:
+                self._logprobs.clear()
+        return output
+
+    def _show(self, piece: str) -> bool:
+        if not piece:
+            return False
+        visible, stop = self._stop.feed(piece)
+        if visible:
+            self._text.append(visible)
+        if stop is None:
+            return False
+        self.finish_reason, self._stop_reason = "stop", stop
+        return True
+
+    def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
+        if self._detokenizer and self._show(self._detokenizer.flush()):
+            return
+        if held := self._stop.flush():
+            self._text.append(held)
+        self.finish_reason = reason
+        self._stop_reason = None if stop_token in self._eos else stop_token
+
+    def _add_logprobs(self, step: TokenLogprobs) -> None:
+        entry = {step.token_ids[0]: self._logprob(step.token_ids[0], step.logprobs[0], step.rank)}
+        for rank, (token, logprob) in enumerate(zip(step.token_ids[1:], step.logprobs[1:], strict=True), 1):
+            if token not in entry:
+                entry[token] = self._logprob(token, logprob, rank)
+        assert self._logprobs is not None and self._cumulative_logprob is not None
+        self._logprobs.append(entry)
+        self._cumulative_logprob += step.logprobs[0]
+
+    def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, self._tokenizer.token_text(token) if self._tokenizer else None)
