@@ -1,0 +1,102 @@
+"""A schedule as one fixed-shape int32 buffer: the only thing a step sends to the device."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxserve.engine.messages import CoreRequest
+from jaxserve.engine.scheduler import Chunk
+
+FROM_DEVICE = -1
+"""Stands for a token that the last step sampled and the host has not read: the device has it."""
+
+
+class Bucket(NamedTuple):
+    """The shape of a step: room for so many tokens of so many sequences."""
+
+    tokens: int
+    seqs: int
+
+    @property
+    def name(self) -> str:
+        return f"decode[{self.seqs}]" if self.tokens == self.seqs else f"mixed[{self.tokens}]"
+
+
+class StepLayout(NamedTuple):
+    """Where each field of a step lies in the packed buffer."""
+
+    bucket: Bucket
+    block_size: int
+
+    @property
+    def table_updates(self) -> int:
+        """Most new blocks in one step: a sequence starts at most one block more than its tokens fill."""
+        return self.bucket.seqs + self.bucket.tokens // self.block_size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        tokens, seqs = self.bucket
+        updates = self.table_updates
+        return {
+            "tokens": tokens,
+            "slots": seqs,
+            "starts": seqs,
+            "q_lens": seqs,
+            "samples": seqs,
+            "update_slot": updates,
+            "update_index": updates,
+            "update_block": updates,
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes.values())
+
+    def fields(self, packed):  # type: ignore[no-untyped-def]
+        """Views of the buffer by name, on the host or in a traced function."""
+        views, at = {}, 0
+        for name, size in self.sizes.items():
+            views[name] = packed[at : at + size]
+            at += size
+        return views
+
+    def pack(self, chunks: list[Chunk], dummy_slot: int) -> np.ndarray:
+        """int32 [size] for chunks in their order, single tokens first; padding points at the dummy slot."""
+        packed = np.zeros(self.size, np.int32)
+        views = self.fields(packed)
+        views["slots"][:] = dummy_slot
+        views["update_slot"][:] = dummy_slot
+        tokens: list[int] = []
+        updates: list[tuple[int, int, int]] = []
+        rows = []
+        for chunk in chunks:
+            request, start, length, new_blocks, samples = chunk
+            rows.append((request.slot, start, length, samples))
+            tokens += request.tokens(start, length) or [FROM_DEVICE]
+            first = len(request.blocks) - len(new_blocks)
+            updates += [(request.slot, first + i, block) for i, block in enumerate(new_blocks)]  # type: ignore[misc]
+        count = len(rows)
+        views["tokens"][: len(tokens)] = tokens
+        for name, column in zip(("slots", "starts", "q_lens", "samples"), zip(*rows, strict=True), strict=True):
+            views[name][:count] = column
+        if updates:
+            for name, column in zip(("slot", "index", "block"), zip(*updates, strict=True), strict=True):
+                views[f"update_{name}"][: len(updates)] = column
+        return packed
+
+
+class AdmitLayout:
+    """The packed buffer that writes one request's sampling parameters into its slot."""
+
+    size = 8
+
+    @staticmethod
+    def pack(slot: int, spec: CoreRequest, seed: int) -> np.ndarray:
+        """int32 [8]: slot, seed (two words), sample index, top_k, and the bits of three floats."""
+        packed = np.empty(AdmitLayout.size, np.int32)
+        packed[0] = slot
+        packed[1:3] = np.array([seed & 2**64 - 1], np.uint64).view(np.int32)
+        packed[3] = spec.sample_index
+        packed[4] = max(spec.top_k, 0)
+        packed[5:8].view(np.float32)[:] = spec.temperature, spec.top_p, spec.min_p
+        return packed

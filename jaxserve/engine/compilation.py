@@ -1,0 +1,78 @@
+"""What is compiled, where and when: a persistent cache, and counters that prove claims about it."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.monitoring
+
+from jaxserve.loading.hub import home
+
+_here = threading.local()
+_lock = threading.Lock()
+_counts = {"cache_hits": 0, "cache_misses": 0, "on_request_path": 0}
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "cache_hits",
+    "/jax/compilation_cache/cache_misses": "cache_misses",
+}
+_listening = False
+
+
+def counts() -> dict[str, int]:
+    """Cache hits, cache misses and compiles on a request's path in this process so far."""
+    with _lock:
+        return dict(_counts)
+
+
+@contextlib.contextmanager
+def request_path() -> Iterator[None]:
+    """Any compilation by this thread inside counts as on a request's path, cached or not."""
+    _here.serving = True
+    try:
+        yield
+    finally:
+        _here.serving = False
+
+
+def enable_cache() -> None:
+    """Keep every compiled program on disk, apart for each machine and version, unless the user chose a
+    place; and start counting."""
+    global _listening
+    with _lock:
+        if not _listening:
+            jax.monitoring.register_event_listener(_on_event)
+            jax.monitoring.register_event_duration_secs_listener(_on_duration)
+            _listening = True
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_dir() -> Path:
+    """Where this machine's compiled programs are: programs hold machine code for one kind of processor."""
+    facts = [jax.__version__, platform.machine(), _cpu_flags(), os.environ.get("XLA_FLAGS", "")]
+    return home() / "compiled" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _cpu_flags() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        return next((line for line in info if line.startswith("flags")), "")
+    return platform.processor()
+
+
+def _on_event(event: str, **_: object) -> None:
+    if event in _EVENTS:
+        with _lock:
+            _counts[_EVENTS[event]] += 1
+
+
+def _on_duration(event: str, _seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration" and getattr(_here, "serving", False):
+        with _lock:
+            _counts["on_request_path"] += 1

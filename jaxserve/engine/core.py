@@ -1,0 +1,246 @@
+"""EngineCore: tokens in, tokens out. Scheduler, programs and device state turned by one loop.
+
+A turn plans and dispatches the next step, then reads the one before it: the device always has work
+while the host thinks. Which tokens come next is known to the device; the host only needs their number.
+"""
+
+import logging
+import random
+from collections import deque
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import compilation
+from jaxserve.engine.batch import AdmitLayout
+from jaxserve.engine.blocks import BlockPool
+from jaxserve.engine.devices import make_mesh, platform_of, pool_blocks, weight_type
+from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
+from jaxserve.engine.model import LoadedModel
+from jaxserve.engine.programs import Programs, Shapes
+from jaxserve.engine.sampling import Sampled, Variant
+from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler
+from jaxserve.loading.checkpoint import open_checkpoint
+from jaxserve.loading.hub import resolve
+from jaxserve.pallas_kernels.paged_attention import PoolShape
+
+log = logging.getLogger(__name__)
+
+
+class Flight(NamedTuple):
+    """A dispatched step whose tokens the host has not read."""
+
+    chunks: list[Chunk]
+    sampled: Sampled | None
+    """None when no chunk reached the end of its sequence."""
+
+
+class EngineCore:
+    """One replica of the engine: loads the model, and serves as soon as the first programs are ready.
+
+    Raises ConfigError or ModelError when it cannot. Not thread-safe: one thread adds, aborts and steps.
+    """
+
+    def __init__(self, config: EngineConfig, replica: int = 0):
+        compilation.enable_cache()
+        mesh = make_mesh(config, replica)
+        device = mesh.devices.flat[0]
+        platform = platform_of(device)
+        checkpoint = open_checkpoint(resolve(config.model))
+        dtype = weight_type(config.dtype, checkpoint.config, platform)
+        attention = platform.attention if config.attention == "auto" else config.attention
+        self.model = LoadedModel(checkpoint.config, mesh, dtype, attention)
+        if config.load_format == "dummy":
+            self.model.fill(config.seed)
+        else:
+            self.model.load(checkpoint)
+        self.shapes = _shapes(config, self.model, device)
+        self.hello = _hello(config, self.model, self.shapes)
+        self.steps = 0
+        self._programs = Programs(self.model, self.shapes, platform.smallest_decode)
+        self._programs.start()
+        self._kv, self._slots = self._programs.empty_state()
+        self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
+        self._scheduler = Scheduler(self._pool, self.shapes.max_num_seqs)
+        self._flights: deque[Flight] = deque()
+        self._random = random.Random(config.seed + replica)
+        self._refused: list[CoreOutput] = []
+        self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
+
+    @property
+    def state(self) -> Literal["ready", "warm"]:
+        """warm: every program of the ladder is compiled."""
+        return "warm" if self._programs.warm.is_set() else "ready"
+
+    def wait_until_warm(self, timeout: float | None = None) -> bool:
+        """Wait for the background compilation; whether it is done."""
+        return self._programs.warm.wait(timeout)
+
+    def add(self, request: CoreRequest) -> None:
+        """Queue a sequence. One that can never run is answered with an error by the next step."""
+        if request.seed is None:
+            request.seed = self._random.getrandbits(64)
+        try:
+            self._scheduler.add(request)
+        except ValueError as error:
+            self._refused.append(CoreOutput(id=request.id, finish_reason="error", error=str(error)))
+
+    def abort(self, id: str, keep: int | None = None) -> None:
+        """End a sequence; its blocks are free at once. Nothing happens for an unknown id."""
+        if request := self._scheduler.get(id):
+            self._scheduler.finish(request, "abort" if keep is None else "stop")
+
+    def has_unfinished(self) -> bool:
+        return bool(self._scheduler.unfinished or self._flights or self._refused)
+
+    def step(self) -> list[CoreOutput]:
+        """Dispatch the next step and read the one before it; what that one added to its sequences."""
+        outputs, self._refused = self._refused, []
+        chunks: list[Chunk] = []
+        with compilation.request_path():
+            try:
+                schedule = self._scheduler.schedule(self._programs.limits)
+                chunks = schedule.chunks
+                if chunks:
+                    self._flights.append(self._dispatch(schedule))
+                if self._flights and (len(self._flights) > 1 or not chunks):
+                    chunks = self._flights[0].chunks
+                    outputs += self._collect(self._flights[0])
+                    self._flights.popleft()
+            except Exception as error:
+                log.exception("a step failed")
+                outputs += self._recover(chunks, f"a step failed: {type(error).__name__}: {error}")
+        return outputs
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges since start."""
+        compiles = compilation.counts()
+        return {
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "blocks_used": self._pool.used,
+            "blocks_total": self._pool.capacity,
+            "block_size": self._pool.block_size,
+            "steps": self.steps,
+            "preemptions": self._scheduler.preemptions,
+            "prompt_tokens": self._tokens["prompt"],
+            "generation_tokens": self._tokens["generation"],
+            "padding_tokens": self._tokens["padding"],
+            "programs": self._programs.count,
+            "warm": self._programs.warm.is_set(),
+            "compiles_on_request_path": compiles["on_request_path"],
+            "compile_cache_hits": compiles["cache_hits"],
+            "compile_cache_misses": compiles["cache_misses"],
+        }
+
+    def close(self) -> None:
+        """Stop compiling and let go of the device's memory."""
+        self._programs.close()
+        self._flights.clear()
+        self._kv, self._slots, self.model.weights = [], None, []  # type: ignore[assignment]
+
+    def _dispatch(self, schedule: Schedule) -> Flight:
+        for request in schedule.admitted:
+            assert request.slot is not None and request.spec.seed is not None
+            packed = AdmitLayout.pack(request.slot, request.spec, request.spec.seed)
+            self._slots = self._programs.admit(self._slots, packed)
+        chunks = schedule.chunks
+        tokens = sum(chunk.length for chunk in chunks)
+        bucket = self._programs.bucket(tokens, len(chunks))
+        self._tokens["padding"] += bucket.tokens - tokens
+        packed = self._programs.layout(bucket).pack(chunks, self.shapes.max_num_seqs)
+        forward = self._programs.forward(bucket)
+        self._kv, self._slots, logits, targets = forward(self.model.weights, self._kv, self._slots, packed)
+        sampled = None
+        if any(chunk.samples for chunk in chunks):
+            sample = self._programs.sample(bucket.seqs, _variant(chunks))
+            self._slots, sampled = sample(self._slots, logits, targets)
+            for array in jax.tree.leaves(sampled):
+                array.copy_to_host_async()
+        return Flight(chunks, sampled)
+
+    def _collect(self, flight: Flight) -> list[CoreOutput]:
+        self.steps += 1
+        if flight.sampled is None:
+            return []
+        host = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
+        tokens = host.tokens.tolist()
+        outputs = []
+        for row, (request, _, _, _, samples) in enumerate(flight.chunks):
+            if not samples:
+                continue
+            if request.finish_reason is not None:  # its extra token is dropped
+                request.inflight -= 1
+                continue
+            token = tokens[row]
+            reason = self._scheduler.append(request, token)
+            output = CoreOutput(id=request.id, token_ids=[token], finish_reason=reason)
+            if request.spec.logprobs is not None:
+                output.logprobs = [_logprobs(host, row, request.spec.logprobs)]
+            if reason == "stop":
+                output.stop_token = token
+            if len(request.output) == 1:
+                self._tokens["prompt"] += len(request.spec.prompt)
+            self._tokens["generation"] += 1
+            outputs.append(output)
+        return outputs
+
+    def _recover(self, chunks: list[Chunk], reason: str) -> list[CoreOutput]:
+        """After a failed step: its donated buffers are gone. Its requests end with the error, pool and
+        slots are made anew, and all others are recomputed from the tokens the host has."""
+        outputs = []
+        for request in [chunk.request for chunk in chunks]:
+            if request.finish_reason is None:
+                self._scheduler.finish(request, "error")
+                outputs.append(CoreOutput(id=request.id, finish_reason="error", error=reason))
+        for chunk in [chunk for flight in self._flights for chunk in flight.chunks]:
+            chunk.request.inflight = 0
+        self._flights.clear()
+        for request in list(self._scheduler.running):
+            request.inflight = 0
+            self._scheduler.preempt(request)
+        self._kv, self._slots = [], None  # type: ignore[assignment]
+        self._kv, self._slots = self._programs.empty_state()
+        return outputs
+
+
+def _variant(chunks: list[Chunk]) -> Variant:
+    """The cheapest sample program that serves every row that samples."""
+    specs = [chunk.request.spec for chunk in chunks if chunk.samples]
+    if any(spec.logprobs is not None for spec in specs):
+        return "full"
+    return "random" if any(spec.temperature > 0 for spec in specs) else "greedy"
+
+
+def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
+    assert host.logprobs is not None and host.top_tokens is not None
+    assert host.top_logprobs is not None and host.ranks is not None
+    return TokenLogprobs(
+        [int(host.tokens[row]), *host.top_tokens[row, :count].tolist()],
+        [float(host.logprobs[row]), *host.top_logprobs[row, :count].tolist()],
+        int(host.ranks[row]),
+    )
+
+
+def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device) -> Shapes:
+    platform = platform_of(device)
+    seqs = config.max_num_seqs or platform.max_num_seqs
+    tokens = max(config.max_num_batched_tokens or platform.max_num_batched_tokens, seqs)
+    size = config.block_size or platform.block_size
+    length = config.max_model_len or model.config.max_position_embeddings
+    width = -(-length // size)
+    heads, dim = model.kv_heads // model.shards, model.config.head_dim
+    layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
+    block = PoolShape(1, heads, size, dim, model.dtype, platform.kv_as_bits)
+    # logits and their copies in float32, and a few activations per token
+    reserve = 4 * (4 * min(seqs, tokens) * vocab + 8 * tokens * model.config.intermediate_size)
+    count = pool_blocks(config, device, block, layers, seqs * width, reserve)
+    return Shapes(seqs, tokens, width, vocab, layers, block._replace(num_blocks=count, kv_heads=model.kv_heads))
+
+
+def _hello(config: EngineConfig, model: LoadedModel, shapes: Shapes) -> Hello:
+    length = config.max_model_len or model.config.max_position_embeddings
+    capacity = (shapes.pool.num_blocks - 1) * shapes.pool.block_size
+    return Hello(length, min(length, capacity + 1), model.config.vocab_size)

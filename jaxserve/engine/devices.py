@@ -1,0 +1,97 @@
+"""The devices an engine runs on, and the defaults that suit them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+from jaxserve.config import EngineConfig, parse_mesh
+from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape
+
+GRID = 64
+"""The pool's size is rounded down to this many blocks, so that another reading of free memory does not
+change the programs' shapes."""
+
+
+class Platform(NamedTuple):
+    """Defaults for one kind of device."""
+
+    name: str
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    smallest_decode: int
+    """Fewer rows than this are slower, not faster."""
+    attention: Implementation
+    kv_as_bits: bool
+    """Keep 16-bit KV as uint16: XLA's CPU scatter would convert all of it."""
+
+
+CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
+GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
+TPU = Platform("tpu", 16, 256, 8192, 1, "xla", False)
+CPU_POOL_BYTES = 4 * 2**30
+
+
+def platform_of(device: jax.Device) -> Platform:
+    return {"cpu": CPU, "gpu": GPU, "tpu": TPU}[device.platform]
+
+
+def make_mesh(config: EngineConfig, replica: int) -> Mesh:
+    """The mesh of one replica. Raises ConfigError when there are too few devices."""
+    shape = parse_mesh(config.mesh)
+    _make_cpu_devices(shape.tensor * shape.data)
+    devices = jax.devices()
+    if shape.tensor * shape.data > len(devices):
+        raise ConfigError(
+            f"mesh {config.mesh} needs {shape.tensor * shape.data} devices, this machine has "
+            f"{len(devices)} ({devices[0].platform})"
+        )
+    mine = devices[replica * shape.tensor : (replica + 1) * shape.tensor]
+    return jax.make_mesh((shape.tensor,), ("tensor",), axis_types=(AxisType.Auto,), devices=mine)
+
+
+def _make_cpu_devices(count: int) -> None:
+    """On a CPU a mesh is made of virtual devices; only possible before jax has started."""
+    if count > 1:
+        try:
+            if jax.config.jax_num_cpu_devices < count:
+                jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # started already: make_mesh counts what there is
+
+
+def weight_type(name: str, checkpoint: Any, platform: Platform) -> Any:
+    """The type for weights and KV: the one asked for, or the checkpoint's where the device is good at it."""
+    if name != "auto":
+        return jnp.dtype(name)
+    stored = checkpoint.get("dtype") or checkpoint.get("torch_dtype")
+    return jnp.dtype(jnp.float16 if stored == "float16" and platform is GPU else jnp.bfloat16)
+
+
+def pool_blocks(
+    config: EngineConfig, device: jax.Device, block: PoolShape, layers: int, most: int, reserve: int
+) -> int:
+    """Blocks of the KV pool, the dummy included.
+
+    `block` is one layer's pool on one device, `most` the blocks that all sequences at full length
+    need, `reserve` bytes that steps need beside it. Raises ConfigError with the arithmetic when
+    nothing useful fits.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    size = block.block_bytes * layers
+    room = CPU_POOL_BYTES
+    if device.platform != "cpu":
+        memory = device.memory_stats()
+        limit, used = memory["bytes_limit"], memory["bytes_in_use"]
+        room = int(limit * config.memory_fraction) - used - reserve
+        if room < 2 * size:
+            raise ConfigError(
+                f"no room for a KV pool: {limit} bytes x memory_fraction {config.memory_fraction} - {used} in use "
+                f"- {reserve} for steps leaves {room}, a block takes {size}"
+            )
+    count = min(room // size, most + 1)
+    return count // GRID * GRID if GRID < count <= most else count

@@ -1,0 +1,109 @@
+"""A model on its devices: weights placed on a mesh, and its forward pass as pure functions of them."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.engine.step import KV, Model, Weights
+from jaxserve.loading.weights import Tensors, parameters
+from jaxserve.models.layers.param import partition_spec
+from jaxserve.models.registry import model_class
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, paged_attention
+
+POOL_SPEC = PartitionSpec(None, None, "tensor")
+HEADS_SPEC = PartitionSpec(None, "tensor")
+
+
+class LoadedModel:
+    """The model that a checkpoint's config describes, and its weights on `mesh`."""
+
+    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any, attention: Implementation):
+        """Builds the model abstractly; `load` or `fill` brings the weights."""
+        cls = model_class(config)
+        self.mesh = mesh
+        self.dtype = jnp.dtype(dtype)
+        self.config = cls.Config.from_config(config)
+        self.shards = mesh.shape["tensor"]
+        self._attention = attention
+        self._table = cls.tensors(self.config, self.shards)
+        module = nnx.eval_shape(lambda: cls(self.config, self.shards, self.dtype))
+        self._graph, state = nnx.split(module)
+        flat = nnx.to_flat_state(state)
+        self._leaves = {".".join(map(str, path)): param for path, param in flat}
+        self._treedef = jax.tree.structure(state)
+        self.weights: Weights = []
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads in the pool, padding for the mesh included."""
+        return len(self.config.heads(self.shards).kv)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights on one device."""
+        return sum(
+            np.prod(self._sharding(path).shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
+            for path, leaf in self._leaves.items()
+        )
+
+    def load(self, checkpoint: Tensors) -> None:
+        """Read the weights, one parameter at a time. Raises ModelError naming the tensor that is wrong."""
+        placed = dict(parameters(checkpoint, self._table, self._place))
+        self.weights = [placed[path] for path in self._leaves]
+
+    def fill(self, seed: int) -> None:
+        """Random weights, made on the devices: for measuring without a checkpoint."""
+
+        def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            scale = 0.02 if len(shape) > 1 else 1.0
+            return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+        for i, (path, leaf) in enumerate(self._leaves.items()):
+            make = jax.jit(normal, static_argnums=(1, 2), out_shardings=self._sharding(path))
+            self.weights.append(make(jax.random.key(seed + i), leaf.shape, leaf.dtype))
+
+    def functions(self) -> Model:
+        """The forward pass as pure functions of the weights."""
+
+        def module(weights: Weights) -> Any:
+            return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, weights))
+
+        def hidden(weights: Weights, ids: jax.Array, meta: AttentionMeta, kv: KV) -> tuple[jax.Array, KV]:
+            x, pools = module(weights)(ids, meta.row_pos, partial(self._attend, meta), kv)
+            return x, pools
+
+        def logits(weights: Weights, x: jax.Array) -> jax.Array:
+            y: jax.Array = module(weights).logits(x)
+            return y
+
+        return Model(hidden, logits)
+
+    def _attend(
+        self, meta: AttentionMeta, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention with each device on its own heads: a pool that is never gathered."""
+        op = partial(paged_attention, implementation=self._attention, **options)
+        if self.mesh.size == 1:
+            return op(q, k, v, pool, meta)
+        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, POOL_SPEC, PartitionSpec())
+        sharded = jax.shard_map(
+            op, mesh=self.mesh, in_specs=specs, out_specs=(HEADS_SPEC, POOL_SPEC), check_vma=False
+        )
+        out: tuple[jax.Array, jax.Array] = sharded(q, k, v, pool, meta)
+        return out
+
+    def _sharding(self, path: str) -> NamedSharding:
+        return NamedSharding(self.mesh, partition_spec(self._leaves[path].get_metadata()["axes"]))
+
+    def _place(self, path: str, value: np.ndarray) -> jax.Array:
+        leaf = self._leaves[path]
+        short = [(0, want - have) for want, have in zip(leaf.shape, value.shape, strict=True)]
+        if any(after for _, after in short):
+            value = np.pad(value, short)
+        return jax.device_put(value.astype(leaf.dtype, copy=False), self._sharding(path))

@@ -1,0 +1,182 @@
+"""The ladder: every program the engine can ever run, compiled ahead of time and held in a table.
+
+It serves as soon as one program of each kind is ready and rounds up to those while a thread compiles
+the rest, so nothing is ever compiled on a request's path: a step calls an executable or does not run.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
+from jaxserve.engine.model import POOL_SPEC, LoadedModel
+from jaxserve.engine.sampling import Variant
+from jaxserve.engine.scheduler import Limits
+from jaxserve.engine.step import Slots, admit, forward, sample
+from jaxserve.pallas_kernels.paged_attention import PoolShape
+
+log = logging.getLogger(__name__)
+
+DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SMALLEST_MIXED = 64
+VARIANTS: tuple[Variant, ...] = ("full", "greedy", "random")
+"""`full` serves every row, so it comes first."""
+
+
+class Shapes(NamedTuple):
+    """The sizes that all programs share."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    table_width: int
+    vocab: int
+    layers: int
+    pool: PoolShape
+
+
+def ladder(shapes: Shapes, smallest_decode: int) -> list[Bucket]:
+    """Every bucket, in the order in which they are compiled: the first serves any request."""
+    most = shapes.max_num_seqs
+    decode = [r for r in DECODE_RUNGS if smallest_decode <= r < most] + [max(most, smallest_decode)]
+    mixed = [SMALLEST_MIXED]
+    while mixed[-1] < max(shapes.max_num_batched_tokens, 2 * most):
+        mixed.append(mixed[-1] * 2)
+    # more tokens than sequences: that is what tells a mixed bucket from a decode bucket
+    chunks = [Bucket(t, min(most, t // 2)) for t in mixed]
+    first, rest = chunks[0], chunks[1:]
+    singles = [Bucket(r, r) for r in decode]
+    return [first, singles[0], *rest, *singles[1:]]
+
+
+class Programs:
+    """Compiled programs by shape. `start` returns when the first can serve; `warm` is set after the last."""
+
+    def __init__(self, model: LoadedModel, shapes: Shapes, smallest_decode: int):
+        self.shapes = shapes
+        self.buckets = ladder(shapes, smallest_decode)
+        self.warm = threading.Event()
+        self.error: Exception | None = None
+        self._functions = model.functions()
+        self._mesh = model.mesh
+        self._weights = [self._abstract(w, w.sharding.spec) for w in model.weights]
+        pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
+        self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
+        self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
+        self._forward: dict[Bucket, Any] = {}
+        self._sample: dict[tuple[int, Variant], Any] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
+
+    def start(self) -> None:
+        """Compile what serves any request, then the rest in the background."""
+        self.admit = self._compile(admit, self._slots, self._array(AdmitLayout.size))
+        self._todo = iter(self._plan())
+        while not self._forward or not self._sample:
+            next(self._todo)()
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    @property
+    def count(self) -> int:
+        """Programs that are ready."""
+        return len(self._forward) + len(self._sample) + 1
+
+    @property
+    def limits(self) -> Limits:
+        """The largest step that is sure to have a program."""
+        largest = max(bucket for bucket in self._ready() if bucket.tokens > bucket.seqs)
+        return Limits(largest.seqs, min(largest.tokens, self.shapes.max_num_batched_tokens))
+
+    def bucket(self, tokens: int, seqs: int) -> Bucket:
+        """The smallest ready bucket for so many tokens of so many sequences."""
+        fits = (
+            b
+            for b in self._ready()
+            if seqs <= b.seqs and tokens <= b.tokens and (tokens == seqs or b.tokens > b.seqs)
+        )
+        return min(fits)
+
+    def layout(self, bucket: Bucket) -> StepLayout:
+        return StepLayout(bucket, self.shapes.pool.block_size)
+
+    def forward(self, bucket: Bucket) -> Any:
+        """forward compiled for the bucket: (weights, kv, slots, packed) -> (kv, slots, logits, targets)."""
+        return self._forward[bucket]
+
+    def sample(self, seqs: int, variant: Variant) -> Any:
+        """sample for that many rows: (slots, logits, targets) -> (slots, sampled)."""
+        return self._sample.get((seqs, variant)) or self._sample[seqs, "full"]
+
+    def empty_state(self) -> tuple[list[jax.Array], Slots]:
+        """A fresh pool and fresh slots on the devices."""
+
+        def zeros(like: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+        like = (self._kv, self._slots)
+        make = jax.jit(lambda: zeros(like), out_shardings=jax.tree.map(lambda x: x.sharding, like))
+        state: tuple[list[jax.Array], Slots] = make()
+        return state
+
+    def _ready(self) -> list[Bucket]:
+        return [b for b in list(self._forward) if (b.seqs, "full") in self._sample]
+
+    def _plan(self) -> Iterator[Any]:
+        """Compilations in order: a bucket is ready once its rows can be sampled too."""
+        for bucket in self.buckets:
+            if (bucket.seqs, VARIANTS[0]) not in self._sample:
+                yield partial(self._compile_sample, bucket.seqs, VARIANTS[0])
+            yield partial(self._compile_forward, bucket)
+        for bucket in self.buckets:
+            for variant in VARIANTS[1:]:
+                if (bucket.seqs, variant) not in self._sample:
+                    yield partial(self._compile_sample, bucket.seqs, variant)
+
+    def _compile_rest(self) -> None:
+        try:
+            for job in self._todo:
+                if self._closed.is_set():
+                    return
+                job()
+        except Exception as error:  # what is ready goes on serving; stats and logs tell
+            self.error = error
+            log.exception("compiling in the background failed; the programs that are ready go on serving")
+            return
+        self.warm.set()
+
+    def _compile_forward(self, bucket: Bucket) -> None:
+        layout = self.layout(bucket)
+        step = partial(forward, self._functions, layout)
+        args = (self._weights, self._kv, self._slots, self._array(layout.size))
+        replicated = NamedSharding(self._mesh, PartitionSpec())
+        out = (
+            [x.sharding for x in self._kv],
+            jax.tree.map(lambda x: x.sharding, self._slots),
+            replicated,
+            replicated,
+        )
+        self._forward[bucket] = self._compile(step, *args, donate=(1, 2), out=out)
+
+    def _compile_sample(self, seqs: int, variant: Variant) -> None:
+        logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
+        program = self._compile(partial(sample, variant), self._slots, logits, self._array(seqs, 2))
+        self._sample[seqs, variant] = program
+
+    def _compile(self, function: Any, *args: Any, donate: tuple[int, ...] = (0,), out: Any = None) -> Any:
+        out = NamedSharding(self._mesh, PartitionSpec()) if out is None else out
+        return jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args).compile()
+
+    def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return self._abstract(jax.ShapeDtypeStruct(shape, dtype))
+
+    def _abstract(self, x: Any, spec: PartitionSpec = PartitionSpec()) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec))

@@ -1,0 +1,59 @@
+"""The state of one sequence from arrival to its last token."""
+
+from jaxserve.engine.messages import CoreRequest
+from jaxserve.outputs import FinishReason
+
+
+class Request:
+    """One sequence: its tokens, and how far the device has come with them."""
+
+    __slots__ = (
+        "arrival", "blocks", "computed", "finish_reason", "inflight", "output", "preemptions", "slot", "spec"
+    )
+
+    def __init__(self, spec: CoreRequest, arrival: int):
+        self.spec = spec
+        self.arrival = arrival
+        """Order of arrival: the scheduler's notion of age."""
+        self.output: list[int] = []
+        self.inflight = 0
+        """Tokens sampled by dispatched steps that the host has not read yet."""
+        self.computed = 0
+        """Tokens whose keys and values are in the pool once all dispatched steps are done."""
+        self.slot: int | None = None
+        """Its place in the device's request state while it runs."""
+        self.blocks: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.preemptions = 0
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def known(self) -> int:
+        """Tokens whose ids the host knows."""
+        return len(self.spec.prompt) + len(self.output)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, those still in flight included."""
+        return self.known + self.inflight
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token it may generate has been dispatched."""
+        return len(self.output) + self.inflight >= self.spec.max_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be sampled; 0 when it needs no further step."""
+        return 0 if self.complete else self.length - self.computed
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Token ids at these positions, which the host must know."""
+        prompt = self.spec.prompt
+        split = len(prompt)
+        if start >= split:
+            return self.output[start - split : start - split + count]
+        return prompt[start : start + count] + self.output[: max(0, start + count - split)]

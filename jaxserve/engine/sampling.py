@@ -1,0 +1,167 @@
+"""Choosing tokens on the device, row by row, without sorting the vocabulary.
+
+Order of filters: temperature, min_p, top_k, top_p. A filter is a threshold on the logits, found by
+bisection; equal logits stay together. A row draws one uniform number from its own key (seed, sample
+index, position) and inverts the cumulative distribution, so its token does not depend on the batch.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.sampling_params import MAX_LOGPROBS
+
+Variant = Literal["greedy", "random", "full"]
+"""What a sample program can do: greedy rows only; any row; any row and logprobs."""
+
+LANES = 128
+
+
+class RowParams(NamedTuple):
+    """Sampling parameters of R rows."""
+
+    temperature: jax.Array
+    """float32 [R]; 0 for greedy."""
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+    """int32 [R]; 0 for all."""
+    seed: jax.Array
+    """uint32 [R, 2]."""
+    sample_index: jax.Array
+    """int32 [R]."""
+
+
+class Sampled(NamedTuple):
+    """Tokens int32 [R]; with logprobs also their own and the likeliest tokens' (natural log, float32)."""
+
+    tokens: jax.Array
+    logprobs: jax.Array | None = None
+    ranks: jax.Array | None = None
+    top_tokens: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def sample(logits: jax.Array, params: RowParams, positions: jax.Array, variant: Variant) -> Sampled:
+    """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have."""
+    tokens = argmax(logits)
+    if variant == "greedy":
+        return Sampled(tokens)
+    drawn = _draw(logits, params, uniform(params.seed, params.sample_index, positions))
+    tokens = jnp.where(params.temperature > 0.0, drawn, tokens)
+    return with_logprobs(logits, tokens) if variant == "full" else Sampled(tokens)
+
+
+def argmax(logits: jax.Array) -> jax.Array:
+    """int32 [R]: the first of the largest. Two cheap reductions; a fused argmax is slow on a CPU."""
+    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    best = logits.max(axis=1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, index, logits.shape[1] - 1), axis=1)
+
+
+def uniform(seed: jax.Array, sample_index: jax.Array, positions: jax.Array) -> jax.Array:
+    """float32 [R] in [0, 1), a function of each row's seed, sample index and position alone."""
+
+    def one(words, index, position):
+        key = jax.random.key(0, impl="threefry2x32")
+        for word in (words[0], words[1], index, position):
+            key = jax.random.fold_in(key, word)
+        return jax.random.uniform(key)
+
+    return jax.vmap(one)(seed, sample_index, positions)
+
+
+def _draw(logits: jax.Array, params: RowParams, u: jax.Array) -> jax.Array:
+    """int32 [R]: a token of each row's filtered distribution, at quantile u."""
+    temperature = jnp.where(params.temperature > 0.0, params.temperature, 1.0)[:, None]
+    scaled = logits / temperature
+    top = scaled.max(axis=1, keepdims=True)
+    floor = top + jnp.log(jnp.maximum(params.min_p, 0.0))[:, None]
+    vocab = scaled.shape[1]
+    top_k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+
+    def keep_top_k(floor):
+        ones = jnp.where(scaled >= floor, 1.0, 0.0)
+        return jnp.maximum(floor, _threshold(scaled, ones, top_k.astype(jnp.float32)))
+
+    def keep_top_p(floor):
+        mass = jnp.where(scaled >= floor, jnp.exp(scaled - top), 0.0)
+        return jnp.maximum(floor, _threshold(scaled, mass, params.top_p * mass.sum(axis=1)))
+
+    floor = lax.cond(jnp.any(top_k < vocab), keep_top_k, lambda x: x, floor)
+    floor = lax.cond(jnp.any(params.top_p < 1.0), keep_top_p, lambda x: x, floor)
+    return _quantile(jnp.where(scaled >= floor, jnp.exp(scaled - top), 0.0), u)
+
+
+def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """float32 [R, 1]: the largest t for which the weights [R, V] of x >= t sum to at least target [R].
+
+    Bisection over the floats in their order (at most 32 turns), until at most one value is left.
+    """
+
+    def above(key):
+        at = x >= _from_key(key)[:, None]
+        return jnp.where(at, weights, 0.0).sum(axis=1), at.sum(axis=1)
+
+    def open_rows(state):
+        low, high, low_count, high_count = state
+        return jnp.any((low_count - high_count > 1) & (_middle(low, high) > low))
+
+    def halve(state):
+        low, high, low_count, high_count = state
+        middle = _middle(low, high)
+        mass, count = above(middle)
+        enough = mass >= target
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, count, low_count),
+            jnp.where(enough, high_count, count),
+        )
+
+    low, high = _to_key(x.min(axis=1)), _to_key(x.max(axis=1)) + 1
+    counts = jnp.full_like(low, x.shape[1]), jnp.zeros_like(low)
+    low, *_ = lax.while_loop(open_rows, halve, (low, high, *counts))
+    return _from_key(low)[:, None]
+
+
+def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
+    """floor((low + high) / 2) without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+def _to_key(x: jax.Array) -> jax.Array:
+    """float32 as int32 of the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _from_key(key: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
+
+
+def _quantile(weights: jax.Array, u: jax.Array) -> jax.Array:
+    """int32 [R]: the first index at which the running sum of weights [R, V] exceeds u of the total."""
+    rows, vocab = weights.shape
+    lanes = jnp.pad(weights, ((0, 0), (0, -vocab % LANES))).reshape(rows, -1, LANES)
+    sums = jnp.cumsum(lanes.sum(axis=2), axis=1)
+    goal = u * sums[:, -1]
+    # rounding may put the goal at the very end: stay on a lane that has weight
+    lane = jnp.argmax((sums > goal[:, None]) | (sums == sums[:, -1:]), axis=1)
+    before = jnp.where(lane > 0, jnp.take_along_axis(sums, lane[:, None] - 1, 1, mode="clip")[:, 0], 0.0)
+    chosen = jnp.take_along_axis(lanes, lane[:, None, None], 1)[:, 0]
+    within = jnp.cumsum(chosen, axis=1)
+    rest = goal - before
+    index = jnp.argmax((chosen > 0.0) & ((within > rest[:, None]) | (within == within[:, -1:])), axis=1)
+    return (lane * LANES + index).astype(jnp.int32)
+
+
+def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+    """The tokens with logprobs of the model's own distribution, before temperature and filters."""
+    norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    ranks = 1 + jnp.sum(logits > own, axis=1, dtype=jnp.int32)
+    best, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    return Sampled(tokens, (own - norm)[:, 0], ranks, ids.astype(jnp.int32), best - norm)

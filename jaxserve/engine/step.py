@@ -1,0 +1,98 @@
+"""The functions that are compiled: admit, forward and sample. Pure, with donated state.
+
+    admit(slots, packed)                 -> slots
+    forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets)
+    sample(slots, logits, targets)       -> (slots, sampled)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.engine.batch import FROM_DEVICE, StepLayout
+from jaxserve.engine.sampling import RowParams, Sampled, Variant
+from jaxserve.engine.sampling import sample as choose
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, ragged_meta
+
+Weights = list[jax.Array]
+KV = list[jax.Array]
+
+
+class Slots(NamedTuple):
+    """What the device remembers of each running request; the last slot is the dummy for padding."""
+
+    last_token: jax.Array
+    """int32 [slots + 1]."""
+    tables: jax.Array
+    """int32 [slots + 1, width]: block tables."""
+    params: RowParams
+    """Sampling parameters, each [slots + 1, ...]."""
+
+    @classmethod
+    def shapes(cls, count: int, width: int) -> "Slots":
+        """The abstract state of `count` slots with tables of `width` blocks."""
+
+        def of(dtype: type, *more: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count + 1, *more), dtype)
+
+        f32, i32 = jnp.float32, jnp.int32
+        params = RowParams(of(f32), of(f32), of(f32), of(i32), of(jnp.uint32, 2), of(i32))
+        return cls(of(i32), of(i32, width), params)
+
+
+def admit(slots: Slots, packed: jax.Array) -> Slots:
+    """Write one request's sampling parameters (see AdmitLayout) into its slot."""
+    floats = lax.bitcast_convert_type(packed[5:8], jnp.float32)
+    seed = lax.bitcast_convert_type(packed[1:3], jnp.uint32)
+    new = RowParams(floats[0], floats[1], floats[2], packed[4], seed, packed[3])
+    params = RowParams(*(old.at[packed[0]].set(value) for old, value in zip(slots.params, new, strict=True)))
+    return slots._replace(params=params)
+
+
+class Model(NamedTuple):
+    """What a step needs of a model, as pure functions of its weights."""
+
+    hidden: Callable[[Weights, jax.Array, AttentionMeta, KV], tuple[jax.Array, KV]]
+    """(weights, ids [N], meta, kv) -> (float32 [N, features], kv)."""
+    logits: Callable[[Weights, jax.Array], jax.Array]
+    """(weights, float32 [R, features]) -> float32 [R, vocab]."""
+
+
+def forward(
+    model: Model, layout: StepLayout, weights: Weights, kv: KV, slots: Slots, packed: jax.Array
+) -> tuple[KV, Slots, jax.Array, jax.Array]:
+    """One step of the model over a packed batch.
+
+    Returns the pools, the slots with grown block tables, logits float32 [seqs, vocab] of each
+    sequence's last row, and int32 [seqs, 2] targets: the slot that gets each sampled token (the dummy
+    where none is sampled) and the token's position.
+    """
+    step = layout.fields(packed)
+    with jax.named_scope("gather"):
+        at = step["update_slot"], step["update_index"]
+        tables = slots.tables.at[at].set(step["update_block"], mode="promise_in_bounds")
+        slots = slots._replace(tables=tables)
+        meta = ragged_meta(tables[step["slots"]], step["starts"], step["q_lens"], layout.bucket.tokens)
+        last = slots.last_token[step["slots"]][meta.row_seq]
+        ids = jnp.where(step["tokens"] == FROM_DEVICE, last, step["tokens"])
+    x, kv = model.hidden(weights, ids, meta, kv)
+    with jax.named_scope("head"):
+        if layout.bucket.tokens != layout.bucket.seqs:
+            x = x[jnp.maximum(meta.q_rows + meta.q_lens - 1, 0)]
+        logits = model.logits(weights, x)
+    dummy = slots.last_token.shape[0] - 1
+    target = jnp.where(step["samples"] > 0, step["slots"], dummy)
+    return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)
+
+
+def sample(
+    variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array
+) -> tuple[Slots, Sampled]:
+    """Choose each row's token and remember it in the row's slot."""
+    target, position = targets[:, 0], targets[:, 1]
+    params = RowParams(*(value[target] for value in slots.params))
+    sampled = choose(logits, params, position, variant)
+    return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled

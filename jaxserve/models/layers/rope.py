@@ -1,0 +1,122 @@
+"""Rotary positions (Su et al., 2021) and the scalings that stretch them past the trained context."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+
+from jaxserve.errors import ModelError
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every row's angles: float32 [N, dim // 2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """x [N, ..., dim] turned pairwise (i, i + dim // 2) by its row's angles, in float32."""
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (-1,)
+    cos, sin = rotation.cos.reshape(shape), rotation.sin.reshape(shape)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Rope(msgspec.Struct, frozen=True):
+    """Rotary positions as a model's config describes them (`rope_parameters` or `rope_scaling`)."""
+
+    dim: int
+    theta: float
+    max_position: int
+    """Positions the model was configured for."""
+    kind: str = "default"
+    options: Mapping[str, Any] = {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dim: int) -> "Rope":
+        options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
+        theta = options.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if kind not in _SCALINGS and kind not in ("default", "dynamic"):
+            known = ", ".join(sorted([*_SCALINGS, "default", "dynamic"]))
+            raise ModelError(f"rope type {kind!r} is not supported; supported: {known}")
+        return cls(dim, float(theta), int(config["max_position_embeddings"]), kind, options)
+
+    def __call__(self, positions: jax.Array) -> Rotation:
+        """The rotation at positions int32 [N]."""
+        p = jnp.maximum(positions, 0).astype(jnp.float32)[:, None]
+        if self.kind == "dynamic":
+            frequencies, factor = _dynamic(self, p), 1.0
+        else:
+            scaled, factor = _SCALINGS[self.kind](self) if self.kind in _SCALINGS else (_plain(self), 1.0)
+            frequencies = jnp.asarray(scaled, jnp.float32)
+        angles = p * frequencies
+        return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def _plain(rope: Rope) -> np.ndarray:
+    """[dim // 2] radians per position. float32 powers: what the models were trained with."""
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    return (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+
+
+def _linear(rope: Rope) -> tuple[np.ndarray, float]:
+    return _plain(rope) / np.float32(rope.options["factor"]), 1.0
+
+
+def _dynamic(rope: Rope, p: jax.Array) -> jax.Array:
+    """NTK-aware scaling that grows with the position, so that it does not depend on how a prompt is
+    cut into chunks; up to the trained context, and for every generated token, it is transformers'."""
+    factor, trained = float(rope.options["factor"]), float(rope.max_position)
+    length = jnp.maximum(p + 1.0, trained)
+    base = rope.theta * (factor * length / trained - (factor - 1.0)) ** (rope.dim / (rope.dim - 2))
+    return base ** -(jnp.arange(0, rope.dim, 2, dtype=jnp.float32) / rope.dim)
+
+
+def _llama3(rope: Rope) -> tuple[np.ndarray, float]:
+    """Long wavelengths divided by a factor, short ones kept, those between blended (Llama 3.1)."""
+    plain, o = _plain(rope), rope.options
+    low, high = float(o["low_freq_factor"]), float(o["high_freq_factor"])
+    turns = float(o["original_max_position_embeddings"]) * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (keep * plain + (1 - keep) * plain / float(o["factor"])).astype(np.float32), 1.0
+
+
+def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
+    """Interpolates slow dimensions, keeps fast ones, and sharpens attention (Peng et al., 2023)."""
+    plain, o = _plain(rope), rope.options
+    trained = float(o.get("original_max_position_embeddings") or rope.max_position)
+    factor = float(o.get("factor") or rope.max_position / trained)
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = dimension(float(o.get("beta_fast") or 32))
+    high = dimension(float(o.get("beta_slow") or 1))
+    if o.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = (np.arange(rope.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    keep = 1 - np.clip(ramp, 0.0, 1.0)
+    scaled = keep * plain + (1 - keep) * plain / factor
+    return scaled.astype(np.float32), _yarn_attention(o, factor)
+
+
+def _yarn_attention(options: Mapping[str, Any], factor: float) -> float:
+    if options.get("attention_factor") is not None:
+        return float(options["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if options.get("mscale") and options.get("mscale_all_dim"):
+        return mscale(float(options["mscale"])) / mscale(float(options["mscale_all_dim"]))
+    return mscale(1.0)
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -1,0 +1,25 @@
+"""Which class serves which architecture."""
+
+import importlib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from jaxserve.errors import ModelError
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "jaxserve.models.llama:Llama",
+}
+
+
+def model_class(config: Mapping[str, Any]) -> type:
+    """The model class for a checkpoint's config (`architectures`). Raises ModelError naming what is supported."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            module, attribute = ARCHITECTURES[name].split(":")
+            return getattr(importlib.import_module(module), attribute)
+    wanted = ", ".join(names) or f"model type {config.get('model_type')!r}"
+    near = get_close_matches(names[0], ARCHITECTURES, 1, 0.0) if names else []
+    hint = f" (nearest: {near[0]})" if near else ""
+    raise ModelError(f"architecture {wanted} is not supported; supported: {', '.join(ARCHITECTURES)}{hint}")
