@@ -99,6 +99,7 @@ class ProcessReplica:
         self._command = command
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._serving = False
         self._closing = False
 
     @property
@@ -116,7 +117,7 @@ class ProcessReplica:
 
     async def close(self) -> None:
         self._closing = True
-        if self._writer is not None:
+        if self._serving:  # else it is loading, and would not listen
             self.send(Shutdown())
             await asyncio.wait({self._supervisor}, timeout=CLOSE_SECONDS)
         self._supervisor.cancel()
@@ -157,13 +158,15 @@ class ProcessReplica:
         try:
             async for message in _messages(reader):
                 if isinstance(message, Status):
-                    was_ready |= message.state in ("ready", "warm")
+                    self._serving = message.state in ("ready", "warm")
+                    was_ready |= self._serving
                     reason = message.message
                 self._deliver(message)
             await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
         except TimeoutError:
             reason = "the engine process closed its socket without ending"
         finally:
+            self._serving = False
             self._writer.close()
             self._writer = None
             if process.returncode is None:

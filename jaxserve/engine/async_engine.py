@@ -1,0 +1,249 @@
+"""AsyncEngine: the engine for asyncio. Text on the event loop, tokens in a thread or another process."""
+
+import asyncio
+import contextlib
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxserve.config import EngineConfig, parse_mesh
+from jaxserve.engine.lane import Lane
+from jaxserve.engine.messages import FromCore, Hello
+from jaxserve.engine.replica import Died, Replica, ThreadReplica
+from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.options import build
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.text.output import OutputProcessor
+    from jaxserve.text.tokenizer import Tokenizer
+
+ENCODE_INLINE = 4096
+"""Longest prompt, in characters, that is tokenised on the event loop."""
+
+T = TypeVar("T")
+Prompt = str | list[int] | dict[str, Any]
+
+
+class AsyncEngine:
+    """Generates for many callers at once.
+
+    `AsyncEngine(model=…, **options)` runs its cores in threads of this process; nothing is loaded before
+    `start` or the first `generate`. All methods belong on one event loop at a time.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        replicas: Sequence[Replica] | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ):
+        self.config = config or build(EngineConfig, options)
+        if replicas is None:
+            replicas = [ThreadReplica(i) for i in range(parse_mesh(self.config.mesh).data)]
+        self._chat_template = chat_template
+        self._lanes = [Lane(replica, self._make_processor) for replica in replicas]
+        self._starting: asyncio.Task[None] | None = None
+        self._has_text = False
+        self._settled = asyncio.Event()
+        """A replica is ready, or none will ever be."""
+        self._failed = asyncio.Event()
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """None for a model without one: prompts are token ids then. Loads it on first use."""
+        return self._text[0]
+
+    @property
+    def ready(self) -> bool:
+        return self._has_text and any(lane.ready for lane in self._lanes)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine will not serve again."""
+        return next((lane.reason for lane in self._lanes if lane.gone), None)
+
+    @property
+    def state(self) -> str:
+        """One line for `/ready`: loading, ready, warm, or why not."""
+        if self.ready:
+            return min(lane.status.state for lane in self._lanes if lane.ready)
+        return next((f"restarting: {lane.reason}" for lane in self._lanes if lane.reason), "loading")
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Most tokens a request can have, prompt and output together; None before the model is loaded."""
+        hellos = [lane.hello for lane in self._lanes if lane.hello]
+        return min((min(hello.max_model_len, hello.max_request_tokens) for hello in hellos), default=None)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long a replica has had requests without finishing a step."""
+        return max(lane.stalled_seconds for lane in self._lanes)
+
+    async def start(self) -> None:
+        """Load the model and return when it can serve. Raises `ModelError` or `EngineDied`."""
+        self._loop = asyncio.get_running_loop()
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        model = await _in_daemon_thread(lambda: self._path)
+        options = {name: getattr(self.config, name) for name in EngineConfig.__struct_fields__}
+        config = EngineConfig(**{**options, "model": model})
+        for lane in self._lanes:
+            lane.replica.start(config, partial(self._deliver, lane))
+        await _in_daemon_thread(lambda: self._text)
+        self._has_text = True
+        await self._settled.wait()
+        if self.failure is not None:
+            raise EngineDied(self.failure)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the request's outputs as `params.output_kind` says, the last one with `finished`.
+
+        `prompt`: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": […]}`. Closing the iterator aborts
+        the request. Raises `InvalidRequest` before the first output, `EngineDied` at any time.
+        """
+        await self.start()
+        text, ids = await self._encode(prompt)
+        request_id = request_id or uuid.uuid4().hex
+        if any(request_id in lane.streams for lane in self._lanes):
+            raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
+        lane = self._choose_lane()
+        stream = lane.add(request_id, text, ids, params or SamplingParams())
+        try:
+            while (item := await stream.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            lane.abort(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now; its iterator ends. Unknown ids are ignored."""
+        for lane in self._lanes:
+            if (stream := lane.streams.get(request_id)) is not None:
+                lane.abort(request_id)
+                stream.put_nowait(None)
+
+    async def stats(self) -> dict[str, Any]:
+        """The counters of `Engine.stats()`, added up over the replicas."""
+        await self.start()
+        values = await asyncio.gather(*(lane.stats() for lane in self._lanes if lane.ready))
+        total: dict[str, Any] = {}
+        for replica in values:
+            for name, value in replica.items():
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                total[name] = total.get(name, 0) + value if number else value
+        return total
+
+    async def failed(self) -> str:
+        """Wait until the engine will not serve again; why."""
+        await self._failed.wait()
+        return self.failure or ""
+
+    async def close(self, reason: str = "the engine was closed") -> None:
+        """End every request, with an `EngineDied` that gives the reason, and stop the cores."""
+        if self._starting is None:
+            return
+        for lane in self._lanes:
+            lane.end(reason)
+        self._starting.cancel()
+        await asyncio.gather(self._starting, return_exceptions=True)
+        await asyncio.gather(*(lane.replica.close() for lane in self._lanes))
+
+    async def __aenter__(self) -> "AsyncEngine":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    @cached_property
+    def _path(self) -> str:
+        from jaxserve.loading.hub import resolve
+
+        return str(resolve(self.config.model))
+
+    @cached_property
+    def _text(self) -> "tuple[Tokenizer | None, list[int]]":
+        from jaxserve.loading.checkpoint import open_checkpoint
+        from jaxserve.text.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.config.tokenizer or self._path, self._chat_template)
+        return tokenizer, list(open_checkpoint(self._path).eos_token_ids)
+
+    async def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, dict):
+            if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+                raise InvalidRequest('a prompt is {"prompt": …} or {"prompt_token_ids": […]}', "prompt")
+            (prompt,) = prompt.values()
+        if isinstance(prompt, list):
+            return None, prompt
+        if not isinstance(prompt, str):
+            raise InvalidRequest(f"a prompt is text or token ids, not {type(prompt).__name__}", "prompt")
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: send token ids", "prompt")
+        if len(prompt) <= ENCODE_INLINE:
+            return prompt, self.tokenizer.encode(prompt)
+        return prompt, await asyncio.to_thread(self.tokenizer.encode, prompt)
+
+    def _choose_lane(self) -> Lane:
+        ready = [lane for lane in self._lanes if lane.ready]
+        if not ready:
+            raise EngineDied(self.failure or f"the engine is {self.state}")
+        return min(ready, key=lambda lane: len(lane.streams))
+
+    def _make_processor(self, hello: Hello) -> "OutputProcessor":
+        from jaxserve.text.output import OutputProcessor
+
+        tokenizer, eos_token_ids = self._text
+        return OutputProcessor(
+            tokenizer, eos_token_ids, hello.max_model_len, hello.max_request_tokens, hello.vocab_size
+        )
+
+    def _deliver(self, lane: Lane, message: FromCore | Died) -> None:
+        """From a core, on any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, and the requests with it
+            self._loop.call_soon_threadsafe(self._handle, lane, message)
+
+    def _handle(self, lane: Lane, message: FromCore | Died) -> None:
+        lane.handle(message)
+        if self.failure is not None:
+            self._failed.set()
+        if lane.ready or lane.gone:
+            self._settled.set()
+
+
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """Unlike `asyncio.to_thread`, a download that hangs does not hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_it: Callable[[Any], None], value: Any) -> None:
+        if not result.done():
+            set_it(value)
+
+    def work() -> None:
+        try:
+            value = function()
+        except BaseException as error:
+            outcome = partial(settle, result.set_exception, error)
+        else:
+            outcome = partial(settle, result.set_result, value)
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(outcome)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await result

@@ -1,0 +1,44 @@
+"""The HTTP application: routes, and what lies around all of them."""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.server import health
+from jaxserve.server.auth import Auth
+from jaxserve.server.errors import ApiError, answer
+from jaxserve.server.openai import routes as openai_routes
+from jaxserve.server.request_id import RequestId
+from jaxserve.server.state import ServerState
+
+
+def build_app(config: ServerConfig, state: ServerState) -> Starlette:
+    """Raises `ConfigError` for options that cannot be."""
+    answered = (ApiError, InvalidRequest, EngineDied, HTTPException, Exception)
+    app = Starlette(
+        routes=health.routes(state) + openai_routes.routes(state),
+        middleware=_middleware(config),
+        exception_handlers=dict.fromkeys(answered, answer),
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _middleware(config: ServerConfig) -> list[Middleware]:
+    """From the outside in: a browser must be able to read a 401 too."""
+    layers = [Middleware(RequestId)]
+    if config.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        layers.insert(0, cors)
+    if config.api_key:
+        layers.append(Middleware(Auth, keys=config.api_key))
+    return layers

@@ -1,0 +1,47 @@
+"""A route that uses the engine: let in, read, answered, and ended at once when the client goes away."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jaxserve.server.body import read_json
+from jaxserve.server.state import ServerState
+
+Handler = Callable[[ServerState, dict[str, Any], str], Awaitable[Response]]
+"""(state, the body's JSON object, request id) -> response"""
+
+
+class EngineEndpoint:
+    """The ASGI app of one `POST` route."""
+
+    def __init__(self, state: ServerState, handler: Handler):
+        self._state = state
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._state.admitted():
+            fields = await read_json(Request(scope, receive), self._state.max_body_size)
+            work = asyncio.create_task(self._answer(fields, scope, receive, send))
+            gone = asyncio.create_task(_disconnect(receive))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                finished = work.done()
+                for task in (work, gone):
+                    task.cancel()
+                await asyncio.wait({work, gone})
+            if finished:
+                work.result()
+
+    async def _answer(self, fields: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(self._state, fields, scope["state"]["request_id"])
+        await response(scope, receive, send)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,134 @@
+"""The life of a server: listen, load, serve, drain, end."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from jaxserve.config import ServerConfig, parse_mesh
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.replica import ProcessReplica, Replica
+from jaxserve.errors import JaxserveError
+from jaxserve.server.app import build_app
+from jaxserve.server.state import ServerState
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 3
+"""For the last bytes of responses, once the engine is closed."""
+
+
+def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
+    """Serve until a signal; the exit status. `replicas`: engine processes, if not the usual ones."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s server %(name)s: %(message)s"
+    )
+    if replicas is None:
+        replicas = [ProcessReplica(i, config.log_level) for i in range(parse_mesh(config.mesh).data)]
+    engine = AsyncEngine(config, replicas=replicas, chat_template=config.chat_template)
+    try:
+        listener = _listen(config.host, config.port)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, engine, listener))
+    except JaxserveError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
+
+
+async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.socket) -> int:
+    state = ServerState(config, engine)
+    web = _Web(
+        uvicorn.Config(
+            build_app(config, state),
+            http="httptools",
+            lifespan="off",
+            log_config=None,
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+        )
+    )
+    serving = asyncio.create_task(web.serve(sockets=[listener]))
+    stop = _stop_on_signal()
+    failed = asyncio.create_task(_watch(engine, _place(listener), state))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({failed, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+    status = 0
+    if stopped.done():
+        await _drain(state, config.shutdown_timeout)
+    elif failed.done():
+        status = _fail(failed.result())
+    failed.cancel()
+    stopped.cancel()
+    await engine.close("the server is shutting down")
+    web.should_exit = True
+    await serving
+    return status
+
+
+async def _watch(engine: AsyncEngine, place: str, state: ServerState) -> str:
+    """Say when it serves; return why it never will (again)."""
+    try:
+        await engine.start()
+    except JaxserveError as error:
+        return str(error)
+    names = ", ".join(state.model_names)
+    print(f"jaxserve listens on {place} and serves {names} ({engine.max_model_len} tokens)", flush=True)
+    return await engine.failed()
+
+
+async def _drain(state: ServerState, timeout: float) -> None:
+    """Let nobody in, and wait for those inside."""
+    state.draining = True
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout
+    if state.in_flight:
+        log.info("shutting down when %d running requests end, or in %.0f s", state.in_flight, timeout)
+    while state.in_flight and clock() < deadline:
+        await asyncio.sleep(0.05)
+
+
+def _stop_on_signal() -> asyncio.Event:
+    """Set by the first signal; the second ends the process at once, and the engine with it."""
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def _place(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _fail(reason: str) -> int:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    return 1
+
+
+class _Web(uvicorn.Server):
+    """Signals are ours: requests are drained before uvicorn hears of the end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,115 @@
+"""`POST /v1/chat/completions`."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from starlette.responses import Response
+
+from jaxserve.errors import InvalidRequest
+from jaxserve.server.openai.generation import Generation
+from jaxserve.server.openai.logprobs import chat_logprobs
+from jaxserve.server.openai.requests import ChatRequest, parse_chat
+from jaxserve.server.openai.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatMessage,
+    ChunkChoice,
+    Delta,
+    Usage,
+    json_response,
+)
+from jaxserve.server.sse import event_stream
+from jaxserve.server.state import ServerState
+from jaxserve.text.tokenizer import Tokenizer
+
+RENDER_INLINE = 4096
+"""Longest conversation, in characters, that is rendered and tokenised on the event loop."""
+
+
+async def chat(state: ServerState, body: dict[str, Any], request_id: str) -> Response:
+    request = parse_chat(body)
+    model = state.check_model(request.model)
+    tokenizer = state.engine.tokenizer
+    if tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", "messages")
+    params = request.params()
+    prompt = await _render(tokenizer, request)
+    generation = Generation(state.engine, [prompt], params, request.written | {"prompt": "messages"})
+    reply = _Reply(f"chatcmpl-{request_id}", model, request, tokenizer, generation)
+    return await event_stream(reply.chunks()) if request.stream else await reply.whole()
+
+
+async def _render(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+    messages = msgspec.to_builtins(request.messages)
+    for message in messages:
+        if message["role"] == "developer":  # templates know it by its older name
+            message["role"] = "system"
+    if sum(len(str(message["content"])) for message in messages) <= RENDER_INLINE:
+        return tokenizer.apply_chat_template(messages)
+    return await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+
+
+class _Reply:
+    def __init__(
+        self, id: str, model: str, request: ChatRequest, tokenizer: Tokenizer, generation: Generation
+    ):
+        self._id = id
+        self._model = model
+        self._request = request
+        self._tokenizer = tokenizer
+        self._generation = generation
+        self._top = request.top_logprobs or 0
+
+    async def whole(self) -> Response:
+        choices = []
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for _, output in outputs:
+                choices += [
+                    ChatChoice(
+                        sequence.index,
+                        ChatMessage(sequence.text),
+                        sequence.finish_reason,
+                        chat_logprobs(sequence, self._top, self._tokenizer),
+                    )
+                    for sequence in output.outputs
+                ]
+        return json_response(
+            ChatCompletion(
+                id=self._id,
+                created=self._generation.created,
+                model=self._model,
+                choices=choices,
+                usage=self._generation.usage,
+            )
+        )
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        begun = set()
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for _, output in outputs:
+                for sequence in output.outputs:
+                    if sequence.index not in begun:
+                        begun.add(sequence.index)
+                        yield self._chunk(ChunkChoice(sequence.index, Delta("assistant", "")))
+                    if sequence.text or sequence.logprobs:
+                        logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
+                        delta = Delta(content=sequence.text)
+                        yield self._chunk(ChunkChoice(sequence.index, delta, logprobs=logprobs))
+                    if sequence.finish_reason is not None:
+                        yield self._chunk(ChunkChoice(sequence.index, Delta(), sequence.finish_reason))
+        if self._request.include_usage:
+            yield self._chunk(usage=self._generation.usage)
+
+    def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> bytes:
+        if self._request.continuous_usage:
+            usage = self._generation.usage
+        chunk = ChatChunk(
+            id=self._id, created=self._generation.created, model=self._model, choices=list(choices)
+        )
+        chunk.usage = usage if usage or self._request.include_usage else UNSET
+        return msgspec.json.encode(chunk)

@@ -1,0 +1,98 @@
+"""Request fields that are known but not served: refused by name, unless they ask for nothing.
+
+OpenAI's SDKs and LangChain send defaults such as `presence_penalty: 0`; a value listed here changes nothing
+and is let through, as null is. Any other is a 400.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import InvalidRequest
+
+NoOps = Mapping[str, tuple[Any, ...]]
+
+SAMPLING: NoOps = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "best_of": (),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "priority": (0,),
+    "echo": (False,),
+    "cache_salt": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+    "store": (False,),
+    "prompt_cache_retention": (),
+}
+CHAT: NoOps = {
+    **SAMPLING,
+    "add_special_tokens": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # without tools, which are refused
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "include_reasoning": (True, False),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+}
+COMPLETION: NoOps = {**SAMPLING, "add_special_tokens": (True,), "suffix": (), "prompt_embeds": ()}
+STREAM_OPTIONS: NoOps = {"include_obfuscation": (False,)}
+MESSAGE: NoOps = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "reasoning": (),
+    "reasoning_content": (),
+}
+
+
+def drop_no_ops(fields: dict[str, Any], unsupported: NoOps, path: str = "") -> None:
+    """Take the fields that ask for nothing out of `fields`. Raises InvalidRequest for one that asks."""
+    for name in [name for name in fields if name in unsupported]:
+        if not any(_same(fields[name], value) for value in (None, *unsupported[name])):
+            raise InvalidRequest(
+                f"{path}{name} is not supported by this server", f"{path}{name}", "unsupported_field"
+            )
+        del fields[name]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, with exact types: true is not 1, but 0.0 is 0."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)

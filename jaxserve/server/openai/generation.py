@@ -1,0 +1,90 @@
+"""What chat and completions share: running prompts on the engine and watching their outputs."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.server.errors import ApiError
+from jaxserve.server.openai.requests import renamed
+from jaxserve.server.openai.responses import Usage
+
+
+class Generation:
+    """One HTTP request's prompts on their way through the engine.
+
+    `written` maps a parameter, in errors about it, to the field the client wrote.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams,
+        written: dict[str, str],
+    ):
+        self.created = int(time.time())
+        self.usage = Usage()
+        self._engine = engine
+        self._prompts = prompts
+        self._params = params
+        self._written = written
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """(prompt's number, output) as they come. Closing it aborts what still runs."""
+        seen = set()
+        runs = [self._run(i) for i in range(len(self._prompts))]
+        async with aclosing(_merge(runs)) as merged:
+            async for i, output in merged:
+                if output.error is not None:
+                    raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
+                if i not in seen:
+                    seen.add(i)
+                    self.usage.count_prompt(output)
+                self.usage.count_output(output)
+                yield i, output
+
+    async def _run(self, i: int) -> AsyncGenerator[RequestOutput]:
+        written = self._written if len(self._prompts) == 1 else self._written | {"prompt": f"prompt[{i}]"}
+        with renamed(written):
+            async with aclosing(self._engine.generate(self._prompts[i], self._params)) as outputs:
+                async for output in outputs:
+                    yield output
+
+
+async def _merge(runs: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """The outputs of all runs as they come; the first error ends all."""
+    if len(runs) == 1:
+        async with aclosing(runs[0]) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_drain(i, run, queue)) for i, run in enumerate(runs)]
+    try:
+        running = len(runs)
+        while running:
+            i, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield i, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _drain(i: int, run: AsyncGenerator[RequestOutput], queue: asyncio.Queue) -> None:
+    try:
+        async with aclosing(run) as outputs:
+            async for output in outputs:
+                queue.put_nowait((i, output))
+        queue.put_nowait((i, None))
+    except Exception as error:
+        queue.put_nowait((i, error))

@@ -1,0 +1,57 @@
+"""Logprobs in OpenAI's two forms."""
+
+from collections.abc import Iterator
+
+from jaxserve.outputs import CompletionOutput, Logprob
+from jaxserve.server.openai.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from jaxserve.text.tokenizer import Tokenizer
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+def chat_logprobs(output: CompletionOutput, top: int, tokenizer: Tokenizer | None) -> ChatLogprobs | None:
+    if output.logprobs is None:
+        return None
+
+    def entry(token: int, logprob: Logprob) -> TopLogprob:
+        spelled = tokenizer.token_bytes(token) if tokenizer else b""
+        return TopLogprob(logprob.decoded_token or "", _finite(logprob), list(spelled))
+
+    content = []
+    for token, chosen, likeliest in _positions(output, top):
+        self = entry(token, chosen)
+        alternatives = [entry(id, logprob) for id, logprob in likeliest]
+        content.append(TokenLogprob(self.token, self.logprob, self.bytes, alternatives))
+    return ChatLogprobs(content)
+
+
+def completion_logprobs(output: CompletionOutput, top: int, offset: int) -> CompletionLogprobs | None:
+    """`offset`: characters of the text that came before this output."""
+    if output.logprobs is None:
+        return None
+    result = CompletionLogprobs([], [], [] if top else None, [])
+    for _, chosen, likeliest in _positions(output, top):
+        text = chosen.decoded_token or ""
+        result.tokens.append(text)
+        result.token_logprobs.append(_finite(chosen))
+        result.text_offset.append(offset)
+        offset += len(text)
+        if result.top_logprobs is not None:
+            shown = {logprob.decoded_token or "": _finite(logprob) for _, logprob in likeliest}
+            result.top_logprobs.append({text: _finite(chosen)} | shown)
+    return result
+
+
+def _positions(
+    output: CompletionOutput, top: int
+) -> Iterator[tuple[int, Logprob, list[tuple[int, Logprob]]]]:
+    """For each token: its id, its logprob, and the `top` likeliest with theirs."""
+    for token, logprobs in zip(output.token_ids, output.logprobs or (), strict=True):
+        likeliest = [(id, logprob) for id, logprob in logprobs.items() if (logprob.rank or 0) <= top]
+        likeliest.sort(key=lambda pair: -pair[1].logprob)
+        yield token, logprobs[token], likeliest[:top]
+
+
+def _finite(logprob: Logprob) -> float:
+    return max(logprob.logprob, LOWEST)
