@@ -154,13 +154,12 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> No
 
 
 def _add_bos_eos(tokenizer: Tokenizer, metadata: Mapping[str, Any], add_bos: bool) -> None:
-    template, ids = ["$A"], {}
+    before, after = [], []
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos):
-        ids[tokenizer.id_to_token(bos)] = bos
-        template.insert(0, tokenizer.id_to_token(bos))
+        before = [(metadata["tokenizer.ggml.tokens"][bos], bos)]
     if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False):
-        ids[tokenizer.id_to_token(eos)] = eos
-        template.append(tokenizer.id_to_token(eos))
-    if ids:
-        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
+        after = [(metadata["tokenizer.ggml.tokens"][eos], eos)]
+    if before or after:
+        template = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=before + after)

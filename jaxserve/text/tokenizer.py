@@ -65,7 +65,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
+        except TypeError:  # a str that is no valid Unicode
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -107,8 +107,8 @@ class Tokenizer:
         if token is None:
             return b""
         if self.byte_level:
-            spelled = [_BYTE_OF.get(char) for char in token]
-            return token.encode() if None in spelled else bytes(spelled)
+            spelled = [_BYTE_OF[char] for char in token if char in _BYTE_OF]
+            return bytes(spelled) if len(spelled) == len(token) else token.encode()
         if self.is_byte(token_id):
             return bytes([int(token[3:5], 16)])
         if self.backend.decoder is None:
