@@ -63,7 +63,7 @@ class Windowed:
         if token_id in self._skip or self._tokenizer.backend.id_to_token(token_id) is None:
             return ""
         self._run.append(token_id)
-        if self._tokenizer.is_byte(token_id):
+        if token_id in self._tokenizer.raw_bytes:
             return ""
         added = self.flush()
         # The context must show something: a decoder that trims its start would trim the next token.

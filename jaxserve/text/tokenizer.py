@@ -1,7 +1,6 @@
 """Strings to token ids and back, over the `tokenizers` package: never through transformers if avoidable."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -82,18 +81,18 @@ class Tokenizer:
         """`token_bytes` as text, with U+FFFD where they are no whole character."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    def is_byte(self, token_id: int) -> bool:
-        """Whether a token is one raw byte of a byte-fallback vocabulary, such as `<0x0A>`."""
-        return self.byte_fallback and _BYTE.fullmatch(self.backend.id_to_token(token_id) or "") is not None
-
     @cached_property
     def byte_level(self) -> bool:
         """Tokens are plain byte strings, so that decoding is joining them."""
         return self._decoders == ["ByteLevel"]
 
     @cached_property
-    def byte_fallback(self) -> bool:
-        return "ByteFallback" in self._decoders
+    def raw_bytes(self) -> dict[int, bytes]:
+        """The tokens of a byte-fallback vocabulary that are one byte each, such as `<0x0A>`."""
+        if "ByteFallback" not in self._decoders:
+            return {}
+        ids = {self.backend.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
+        return {i: byte for i, byte in ids.items() if i is not None}
 
     @cached_property
     def _decoders(self) -> list[str]:
@@ -109,8 +108,8 @@ class Tokenizer:
         if self.byte_level:
             spelled = [_BYTE_OF[char] for char in token if char in _BYTE_OF]
             return bytes(spelled) if len(spelled) == len(token) else token.encode()
-        if self.is_byte(token_id):
-            return bytes([int(token[3:5], 16)])
+        if token_id in self.raw_bytes:
+            return self.raw_bytes[token_id]
         if self.backend.decoder is None:
             return token.encode()
         # In the middle of a text, so that a decoder which trims its start keeps the token's own space.
@@ -144,9 +143,6 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
 def _byte_alphabet() -> dict[str, int]:
     """How byte-level vocabularies spell bytes: printable ones as themselves, the rest from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -162,11 +158,8 @@ def _from_gguf(path: Path) -> Tokenizer:
     if "tokenizer.ggml.tokens" not in metadata:
         raise ModelError(f"{path} has no tokenizer in it; pass --tokenizer")
     backend = gguf_tokenizer.build(metadata)
-    named = {}
-    for name in NAMED:
-        token = metadata.get(f"tokenizer.ggml.{GGUF_NAMES.get(name, name)}_id")
-        if token is not None:
-            named[name] = backend.id_to_token(token)
+    named_ids = {name: metadata.get(f"tokenizer.ggml.{GGUF_NAMES.get(name, name)}_id") for name in NAMED}
+    named = {name: metadata["tokenizer.ggml.tokens"][i] for name, i in named_ids.items() if i is not None}
     ends = [metadata.get(f"tokenizer.ggml.{name}") for name in GGUF_ENDS]
     return Tokenizer(
         backend, named, [end for end in ends if end is not None], metadata.get("tokenizer.chat_template")
