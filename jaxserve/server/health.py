@@ -24,7 +24,7 @@ def routes(state: ServerState) -> list[Route]:
         if not engine.ready:
             raise unavailable(f"the engine is {engine.state}")
         if (stalled := engine.stalled_seconds) > STALL_SECONDS:
-            raise unavailable(f"the engine has work but finished no step for {stalled:.0f} s", "engine_stalled")
+            raise unavailable(f"the engine has work but finished no step for {stalled:.0f} s")
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:

@@ -1,0 +1,89 @@
+"""A core without a model: it repeats the prompt, token by token. As a script, the engine process around it.
+
+`FAKE_STEP_SECONDS` slows its steps, `FAKE_JOURNAL` names a file that gets a line for every request's
+begin and end, and `FAKE_FAILS` makes loading fail: with a reason ("told"), or by a crash ("crash").
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
+from jaxserve.engine.process import main
+from jaxserve.errors import ModelError
+
+FAILS_ON = 5
+"""A request whose prompt has this token fails in the engine."""
+
+
+class FakeCore:
+    state = "warm"
+
+    def __init__(self, config, replica=0):
+        match os.environ.get("FAKE_FAILS"):
+            case "told":
+                raise ModelError("the model is broken")
+            case "crash":
+                os._exit(9)
+        limit = config.max_model_len or 512
+        self.hello = Hello(max_model_len=limit, max_request_tokens=limit, vocab_size=288)
+        self.steps = 0
+        self.running: dict[str, CoreRequest] = {}
+        self.done: dict[str, int] = {}
+        self.pause = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
+        self.journal = os.environ.get("FAKE_JOURNAL")
+
+    def add(self, request):
+        self.running[request.id] = request
+        self.done[request.id] = 0
+        self.note("add", request.id)
+
+    def abort(self, id, keep=None):
+        if self.running.pop(id, None):
+            self.note("abort", id)
+
+    def step(self):
+        time.sleep(self.pause)
+        self.steps += 1
+        return [self.advance(request) for request in list(self.running.values())]
+
+    def advance(self, request):
+        if FAILS_ON in request.prompt:
+            return self.end(request, CoreOutput(id=request.id, finish_reason="error", error="a bad token"))
+        token = request.prompt[self.done[request.id] % len(request.prompt)]
+        self.done[request.id] += 1
+        output = CoreOutput(id=request.id, token_ids=[token])
+        if request.logprobs is not None:
+            others = range(10, 10 + request.logprobs)
+            output.logprobs = [
+                TokenLogprobs([token, *others], [-0.5, *(-float(i) for i in range(len(others)))], rank=1)
+            ]
+        if token in request.stop_token_ids:
+            output.finish_reason, output.stop_token = "stop", token
+        elif self.done[request.id] == request.max_tokens:
+            output.finish_reason = "length"
+        return output if output.finish_reason is None else self.end(request, output)
+
+    def end(self, request, output):
+        del self.running[request.id]
+        self.note("end", request.id)
+        return output
+
+    def has_unfinished(self):
+        return bool(self.running)
+
+    def stats(self):
+        return {"running": len(self.running), "steps": self.steps}
+
+    def close(self):
+        self.note("close", "")
+
+    def note(self, event, id):
+        if self.journal:
+            with Path(self.journal).open("a") as file:
+                file.write(f"{event} {id}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], factory=FakeCore)
