@@ -92,6 +92,11 @@ class EngineCore:
         if request := self._scheduler.get(id):
             self._scheduler.finish(request, "abort" if keep is None else "stop")
 
+    @property
+    def unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return self._scheduler.unfinished
+
     def has_unfinished(self) -> bool:
         return bool(self._scheduler.unfinished or self._flights or self._refused)
 
@@ -243,4 +248,8 @@ def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device) -> Sha
 def _hello(config: EngineConfig, model: LoadedModel, shapes: Shapes) -> Hello:
     length = config.max_model_len or model.config.max_position_embeddings
     capacity = (shapes.pool.num_blocks - 1) * shapes.pool.block_size
-    return Hello(length, min(length, capacity + 1), model.config.vocab_size)
+    return Hello(
+        max_model_len=length,
+        max_request_tokens=min(length, capacity + 1),
+        vocab_size=model.config.vocab_size,
+    )

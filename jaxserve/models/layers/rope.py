@@ -119,4 +119,9 @@ def _yarn_attention(options: Mapping[str, Any], factor: float) -> float:
     return mscale(1.0)
 
 
-_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _factors(rope: Rope) -> tuple[np.ndarray, float]:
+    """Each frequency divided by a factor of its own, as a GGUF stores llama3's scaling."""
+    return _plain(rope) / np.asarray(rope.options["factors"], np.float32), 1.0
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}

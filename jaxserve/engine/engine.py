@@ -1,0 +1,192 @@
+"""Engine: text in, text out, in this process."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxserve.aliases import translate
+from jaxserve.config import DEFAULT_MODEL, EngineConfig, parse_mesh
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.messages import Abort
+from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
+from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.loading.checkpoint import open_checkpoint
+from jaxserve.loading.hub import resolve
+from jaxserve.options import build
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.output import OutputProcessor
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class Engine:
+    """An engine for scripts. Options are the fields of `EngineConfig`.
+
+    Raises ConfigError or ModelError when the model cannot be served as asked. Not thread-safe; for many
+    callers at once see `AsyncEngine`.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, *, chat_template: str | None = None, **options: Any):
+        config = build(EngineConfig, {"model": model, **options})
+        path = resolve(config.model)
+        self.config = build(EngineConfig, {"model": path, **options})
+        self.tokenizer: Tokenizer | None = load_tokenizer(config.tokenizer or path, chat_template)
+        self._cores = [EngineCore(self.config, i) for i in range(parse_mesh(config.mesh).data)]
+        hello = self._cores[0].hello
+        self.max_model_len = hello.max_model_len
+        self._processor = OutputProcessor(
+            self.tokenizer,
+            open_checkpoint(path).eos_token_ids,
+            hello.max_model_len,
+            hello.max_request_tokens,
+            hello.vocab_size,
+        )
+        self._core_of: dict[str, EngineCore] = {}
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts, all in one batch; outputs in the order of the prompts.
+
+        One prompt or a list; one SamplingParams or one per prompt. Raises InvalidRequest, before anything
+        runs, for a prompt or parameter that cannot be served.
+        """
+        many = [prompts] if isinstance(prompts, str | dict) or is_token_ids(prompts) else list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(many)
+        if len(params) != len(many):
+            raise InvalidRequest(f"{len(many)} prompts but {len(params)} SamplingParams", "params")
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(many, params, strict=True):
+                ids.append(self.add_request(prompt, _with_kind(wanted, "final")))
+            done = self._run(set(ids), use_progress)
+        except BaseException:
+            self.abort(ids)
+            raise
+        return [done[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield what each step adds to one prompt's completion. Closing the iterator aborts the request."""
+        request_id = self.add_request(prompt, _with_kind(params or SamplingParams(), "delta"))
+        try:
+            while True:
+                for output in self.step():
+                    if output.request_id == request_id:
+                        _raise_failure(output)
+                        yield output
+                        if output.finished:
+                            return
+        finally:
+            self.abort(request_id)
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a request for `step`; its id. Raises InvalidRequest."""
+        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
+        given = parse_prompt(prompt)
+        if isinstance(given, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
+            text, tokens = given, self.tokenizer.encode(given)
+        else:
+            text, tokens = None, given
+        core = min(self._cores, key=lambda core: core.unfinished)
+        for request in self._processor.add(request_id, text, tokens, params or SamplingParams()):
+            core.add(request)
+        self._core_of[request_id] = core
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """One turn of the engine: outputs of the requests that have something new."""
+        outputs = []
+        for core in self._cores:
+            if core.has_unfinished():
+                ready, aborts = self._processor.process(core.step())
+                for abort in aborts:
+                    core.abort(abort.id, abort.keep)
+                outputs += ready
+        for output in outputs:
+            if output.finished:
+                del self._core_of[output.request_id]
+        return outputs
+
+    def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests now and free their blocks. Unknown and finished ones are ignored."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            if core := self._core_of.pop(one, None):
+                aborts: list[Abort] = self._processor.abort(one)
+                for abort in aborts:
+                    core.abort(abort.id, abort.keep)
+
+    def has_unfinished(self) -> bool:
+        return any(core.has_unfinished() for core in self._cores)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges since start, added up over the replicas."""
+        totals: dict[str, Any] = {}
+        for stats in [core.stats() for core in self._cores]:
+            for name, value in stats.items():
+                totals[name] = value if isinstance(value, bool) else totals.get(name, 0) + value
+        return totals
+
+    def wait_until_warm(self, timeout: float | None = None) -> bool:
+        """Wait until every program is compiled; whether that is so."""
+        return all(core.wait_until_warm(timeout) for core in self._cores)
+
+    def close(self) -> None:
+        """Free the devices' memory."""
+        for core in self._cores:
+            core.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self, wanted: set[str], use_progress: bool) -> dict[str, RequestOutput]:
+        from tqdm import tqdm
+
+        done: dict[str, RequestOutput] = {}
+        # a bar only for work that takes a moment, and only for a person
+        with tqdm(total=len(wanted), unit="request", delay=1.0, disable=None if use_progress else True) as bar:
+            while len(done) < len(wanted):
+                for output in self.step():
+                    if output.request_id in wanted and output.finished:
+                        _raise_failure(output)
+                        done[output.request_id] = output
+                        bar.update()
+        return done
+
+
+class LLM(Engine):
+    """Engine under the field's best-known name, with vLLM's keyword names accepted as well."""
+
+    def __init__(self, model: str = DEFAULT_MODEL, **keywords: Any):
+        chat_template = keywords.pop("chat_template", None)
+        super().__init__(chat_template=chat_template, **translate({"model": model, **keywords}))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        return super().generate(prompts, sampling_params, use_tqdm)
+
+
+def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:
+    import msgspec
+
+    return msgspec.structs.replace(params, output_kind=kind)
+
+
+def _raise_failure(output: RequestOutput) -> None:
+    if output.error is not None:
+        raise EngineDied(f"request {output.request_id}: {output.error}")
