@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from jaxserve.errors import InvalidRequest, ModelError
+from jaxserve.loading.gguf_file import GGUFFile
 from jaxserve.text import gguf_tokenizer
 from jaxserve.text.chat_template import ChatTemplate
 
@@ -154,7 +155,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = _gguf_metadata(path)
+    metadata = GGUFFile(path).metadata
     if "tokenizer.ggml.tokens" not in metadata:
         raise ModelError(f"{path} has no tokenizer in it; pass --tokenizer")
     backend = gguf_tokenizer.build(metadata)
@@ -164,12 +165,6 @@ def _from_gguf(path: Path) -> Tokenizer:
     return Tokenizer(
         backend, named, [end for end in ends if end is not None], metadata.get("tokenizer.chat_template")
     )
-
-
-def _gguf_metadata(path: Path) -> Mapping[str, Any]:
-    from gguf import GGUFReader
-
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
 def _from_directory(path: Path) -> Tokenizer | None:
