@@ -37,13 +37,12 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    conversation = Conversation(_talk(args), args.system)
-    if sys.stdin.isatty():
-        return _at_terminal(conversation)
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    for line in sys.stdin:
-        if not conversation.say(line.strip()):
-            break
+    with closing(_talk(args)) as talk:
+        conversation = Conversation(talk, args.system)
+        if sys.stdin.isatty():
+            _at_terminal(conversation)
+        else:
+            _from_pipe(conversation)
     return 0
 
 
@@ -115,17 +114,23 @@ def _talk(args: argparse.Namespace) -> Talk:
     return RemoteModel(args.url, model, key, args.temperature, args.max_tokens)
 
 
-def _at_terminal(conversation: Conversation) -> int:
+def _from_pipe(conversation: Conversation) -> None:
+    for line in sys.stdin.buffer:
+        if not conversation.say(line.decode(errors="replace").strip()):
+            return
+
+
+def _at_terminal(conversation: Conversation) -> None:
     import readline  # noqa: F401  arrow keys and recall in input()
 
     _note(f"talking to {conversation.talk.name}; /help lists commands")
     while True:
         try:
             if not conversation.say(input("> ").strip()):
-                return 0
+                return
         except EOFError:
             print()
-            return 0
+            return
         except KeyboardInterrupt:
             _note("\n(/exit or Ctrl-D leaves)")
         except JaxserveError as error:

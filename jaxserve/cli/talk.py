@@ -23,6 +23,8 @@ class Talk(Protocol):
 
     def stats(self) -> dict[str, Any]: ...
 
+    def close(self) -> None: ...
+
 
 class LocalModel:
     """An engine in this process."""
@@ -49,6 +51,9 @@ class LocalModel:
 
     def stats(self) -> dict[str, Any]:
         return {**self.meter.report(), **self.engine.stats()}
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 class RemoteModel:
@@ -91,6 +96,9 @@ class RemoteModel:
 
     def stats(self) -> dict[str, Any]:
         return self.meter.report()
+
+    def close(self) -> None:
+        """Every answer has its own connection."""
 
     def _only_model(self) -> str:
         with self._open("/v1/models") as response:
