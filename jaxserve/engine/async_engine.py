@@ -159,8 +159,9 @@ class AsyncEngine:
             return
         for lane in self._lanes:
             lane.end(reason)
-        self._starting.cancel()
-        await asyncio.gather(self._starting, return_exceptions=True)
+        if not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
         await asyncio.gather(*(lane.replica.close() for lane in self._lanes))
 
     async def __aenter__(self) -> "AsyncEngine":

@@ -53,6 +53,7 @@ class ThreadReplica:
     def __init__(self, replica: int = 0, factory: Callable[..., Core] | None = None):
         self._replica = replica
         self._factory = factory
+        self._thread: threading.Thread | None = None
 
     def start(self, config: EngineConfig, deliver: Deliver) -> None:
         factory = self._factory
@@ -69,8 +70,9 @@ class ThreadReplica:
         self._loop.send(message)
 
     async def close(self) -> None:
-        self._loop.send(Shutdown())
-        await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+        if self._thread is not None:
+            self._loop.send(Shutdown())
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -97,6 +99,7 @@ class ProcessReplica:
         self._replica = replica
         self._log_level = log_level
         self._command = command
+        self._supervisor: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._serving = False
@@ -117,6 +120,8 @@ class ProcessReplica:
 
     async def close(self) -> None:
         self._closing = True
+        if self._supervisor is None:
+            return
         if self._serving:  # else it is loading, and would not listen
             self.send(Shutdown())
             await asyncio.wait({self._supervisor}, timeout=CLOSE_SECONDS)

@@ -6,7 +6,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from jaxserve.config import ServerConfig
-from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
 from jaxserve.server import health
 from jaxserve.server.auth import Auth
 from jaxserve.server.errors import ApiError, answer
@@ -40,5 +40,7 @@ def _middleware(config: ServerConfig) -> list[Middleware]:
         )
         layers.insert(0, cors)
     if config.api_key:
+        if not all(config.api_key):
+            raise ConfigError("api_key must not be empty")
         layers.append(Middleware(Auth, keys=config.api_key))
     return layers

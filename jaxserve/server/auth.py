@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxserve.errors import ConfigError
 from jaxserve.server.errors import ApiError
 
 OPEN = frozenset({"/health", "/live", "/ready", "/ping"})
@@ -17,8 +16,6 @@ class Auth:
     """Lets a request through with `Authorization: Bearer KEY` or `x-api-key: KEY`."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
-        if not all(keys):
-            raise ConfigError("api_key must not be empty")
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
 

@@ -35,12 +35,14 @@ def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
     engine = AsyncEngine(config, replicas=replicas, chat_template=config.chat_template)
     try:
         listener = _listen(config.host, config.port)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        return _fail(f"cannot listen on {config.host}:{config.port}: {reason}")
+    try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, engine, listener))
     except JaxserveError as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
 
 
 async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.socket) -> int:

@@ -1,7 +1,8 @@
 """A core without a model: it repeats the prompt, token by token. As a script, the engine process around it.
 
-`FAKE_STEP_SECONDS` slows its steps, `FAKE_JOURNAL` names a file that gets a line for every request's
-begin and end, and `FAKE_FAILS` makes loading fail: with a reason ("told"), or by a crash ("crash").
+`FAKE_STEP_SECONDS` slows its steps; `FAKE_JOURNAL` names a file that gets a line for every request's begin
+and end; `FAKE_FAILS` makes loading fail, with a reason ("told") or by a crash ("crash"); `FAKE_GATE` names
+a file that loading waits for.
 """
 
 import os
@@ -14,7 +15,7 @@ from jaxserve.engine.process import main
 from jaxserve.errors import ModelError
 
 FAILS_ON = 5
-"""A request whose prompt has this token fails in the engine."""
+"""The token (`<|fails|>`) at which a request fails in the engine."""
 
 
 class FakeCore:
@@ -26,13 +27,16 @@ class FakeCore:
                 raise ModelError("the model is broken")
             case "crash":
                 os._exit(9)
+        if gate := os.environ.get("FAKE_GATE"):
+            while not Path(gate).exists():
+                time.sleep(0.01)
         limit = config.max_model_len or 512
         self.hello = Hello(max_model_len=limit, max_request_tokens=limit, vocab_size=288)
         self.steps = 0
         self.running: dict[str, CoreRequest] = {}
         self.done: dict[str, int] = {}
         self.pause = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
-        self.journal = os.environ.get("FAKE_JOURNAL")
+        self.journal = os.environ.get("FAKE_JOURNAL", "").format(replica=replica)
 
     def add(self, request):
         self.running[request.id] = request
@@ -41,7 +45,7 @@ class FakeCore:
 
     def abort(self, id, keep=None):
         if self.running.pop(id, None):
-            self.note("abort", id)
+            self.note("end", id)
 
     def step(self):
         time.sleep(self.pause)
@@ -49,9 +53,9 @@ class FakeCore:
         return [self.advance(request) for request in list(self.running.values())]
 
     def advance(self, request):
-        if FAILS_ON in request.prompt:
-            return self.end(request, CoreOutput(id=request.id, finish_reason="error", error="a bad token"))
         token = request.prompt[self.done[request.id] % len(request.prompt)]
+        if token == FAILS_ON:
+            return self.end(request, CoreOutput(id=request.id, finish_reason="error", error="a bad token"))
         self.done[request.id] += 1
         output = CoreOutput(id=request.id, token_ids=[token])
         if request.logprobs is not None:

@@ -103,7 +103,9 @@ def test_n_streamed_has_a_role_and_an_end_for_each(client):
 
 def test_stop_string_across_tokens_ends_and_is_not_shown(client):
     for stream in (False, True):
-        reply = client.completions.create(model="tiny", prompt="one two", stop="e t", max_tokens=50, stream=stream)
+        reply = client.completions.create(
+            model="tiny", prompt="one two", stop="e t", max_tokens=50, stream=stream
+        )
         parts = list(reply) if stream else [reply]
         assert "".join(part.choices[0].text for part in parts) == "on"
         assert parts[-1].choices[0].finish_reason == "stop"

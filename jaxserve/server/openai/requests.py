@@ -74,7 +74,8 @@ _SHARED = (
 )
 
 
-class TextPart(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
     text: str
 
 

@@ -1,0 +1,229 @@
+"""AsyncEngine with its core in a thread, and what it keeps of each replica."""
+
+import asyncio
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jaxserve import SamplingParams
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.lane import Lane
+from jaxserve.engine.messages import Hello, Status
+from jaxserve.engine.replica import ThreadReplica
+from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
+
+spec = importlib.util.spec_from_file_location("fake_core", Path(__file__).with_name("fake_core.py"))
+fake_core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_core)
+DELTA = SamplingParams(max_tokens=400, ignore_eos=True, output_kind="delta")
+
+
+class Slow(fake_core.FakeCore):
+    def __init__(self, config, replica=0):
+        super().__init__(config, replica)
+        self.pause = 0.01
+
+
+class Breaks(fake_core.FakeCore):
+    def step(self):
+        if self.steps == 3:
+            raise ValueError("a broken step")
+        return super().step()
+
+
+@pytest.fixture
+def make(model_dir):
+    def engine(*factories, **options):
+        replicas = [ThreadReplica(i, factory) for i, factory in enumerate(factories)]
+        return AsyncEngine(model=str(model_dir), replicas=replicas, **options)
+
+    return engine
+
+
+def text_of(outputs):
+    return "".join(output.outputs[0].text for output in outputs)
+
+
+def test_generate_yields_deltas_cumulative_or_the_end(make):
+    async def main():
+        async with make(fake_core.FakeCore) as engine:
+            kinds = {}
+            for kind in ("delta", "cumulative", "final"):
+                params = SamplingParams(max_tokens=5, output_kind=kind)
+                kinds[kind] = [output async for output in engine.generate("Hello", params)]
+            return kinds
+
+    kinds = asyncio.run(main())
+    assert text_of(kinds["delta"]) == "Hello" and len(kinds["delta"]) > 1
+    assert [output.outputs[0].text for output in kinds["cumulative"]] == ["H", "He", "Hel", "Hell", "Hello"]
+    assert [output.outputs[0].text for output in kinds["final"]] == ["Hello"]
+    assert all(outputs[-1].finished for outputs in kinds.values())
+
+
+@pytest.mark.parametrize("prompt", ["ab", [70, 71], {"prompt": "ab"}, {"prompt_token_ids": [70, 71]}])
+def test_prompt_forms(make, prompt):
+    async def main():
+        async with make(fake_core.FakeCore) as engine:
+            return [output async for output in engine.generate(prompt, SamplingParams(max_tokens=2))]
+
+    assert len(asyncio.run(main())[-1].outputs[0].token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt", [3, None, {"text": "a"}, {"prompt": "a", "prompt_token_ids": [1]}, "", [999]]
+)
+def test_wrong_prompts_are_refused(make, prompt):
+    async def main():
+        async with make(fake_core.FakeCore) as engine:
+            async for _ in engine.generate(prompt):
+                pass
+
+    with pytest.raises(InvalidRequest):
+        asyncio.run(main())
+
+
+def test_nothing_is_loaded_before_the_first_generate_and_it_starts_by_itself(make):
+    engine = make(fake_core.FakeCore)
+    assert not engine.ready
+
+    async def main():
+        outputs = [output async for output in engine.generate("Hello", SamplingParams(max_tokens=5))]
+        await engine.close()
+        return outputs[-1].outputs[0].text
+
+    assert asyncio.run(main()) == "Hello"
+
+
+async def until_idle(engine):
+    while (await engine.stats())["running"]:
+        await asyncio.sleep(0.01)
+
+
+def test_closing_the_iterator_or_cancelling_its_task_frees_the_request(make):
+    async def main():
+        async with make(Slow) as engine:
+            stream = engine.generate("Hello", DELTA)
+            await anext(stream)
+            assert (await engine.stats())["running"] == 1
+            await stream.aclose()
+            await until_idle(engine)
+
+            async def consume():
+                async for _ in engine.generate("Hello", DELTA):
+                    begun.set()
+
+            begun = asyncio.Event()
+            task = asyncio.create_task(consume())
+            await begun.wait()
+            task.cancel()
+            await until_idle(engine)
+
+    asyncio.run(main())
+
+
+def test_abort_ends_the_iterator(make):
+    async def main():
+        async with make(Slow) as engine:
+            stream = engine.generate("Hello", DELTA, request_id="mine")
+            await anext(stream)
+            with pytest.raises(InvalidRequest, match="running already"):
+                await anext(engine.generate("Hello", DELTA, request_id="mine"))
+            await engine.abort("mine")
+            rest = [output async for output in stream]
+            await engine.abort("unknown")
+            await until_idle(engine)
+            return rest
+
+    assert all(not output.finished for output in asyncio.run(main()))
+
+
+def test_requests_go_to_the_replica_with_the_fewest(make):
+    async def main():
+        async with make(Slow, Slow) as engine:
+            while not all(lane.ready for lane in engine._lanes):
+                await asyncio.sleep(0.01)
+            streams = [engine.generate(f"prompt {i}", DELTA) for i in range(6)]
+            for stream in streams:
+                await anext(stream)
+            loads = [len(lane.streams) for lane in engine._lanes]
+            total = (await engine.stats())["running"]
+            for stream in streams:
+                await stream.aclose()
+            return loads, total
+
+    assert asyncio.run(main()) == ([3, 3], 6)
+
+
+def test_a_core_that_breaks_fails_its_requests_and_the_engine(make):
+    async def main():
+        engine = make(Breaks)
+        got = []
+        with pytest.raises(EngineDied, match="a broken step"):
+            async for output in engine.generate("Hello", DELTA):
+                got.append(output)
+        with pytest.raises(EngineDied, match="a broken step"):
+            await anext(engine.generate("Hello", DELTA))
+        assert "a broken step" in await engine.failed() and not engine.ready
+        await engine.close()
+        return text_of(got)
+
+    assert asyncio.run(main()) == "Hel"
+
+
+def test_close_ends_what_runs(make):
+    async def main():
+        engine = make(Slow)
+        stream = engine.generate("Hello", DELTA)
+        await anext(stream)
+        closing = asyncio.create_task(engine.close())
+        with pytest.raises(EngineDied, match="closed"):
+            async for _ in stream:
+                pass
+        await closing
+
+    asyncio.run(main())
+
+
+def test_one_engine_serves_one_event_loop_after_another(make):
+    engine = make(fake_core.FakeCore)
+
+    async def once():
+        return [output async for output in engine.generate("Hello", SamplingParams(max_tokens=5))][-1]
+
+    assert [asyncio.run(once()).outputs[0].text for _ in range(2)] == ["Hello", "Hello"]
+    asyncio.run(engine.close())
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ConfigError, match="block_size"):
+        AsyncEngine(model="x", block_size="16")
+
+
+def test_a_lane_with_work_and_no_steps_is_stalled():
+    class Processor:
+        def add(self, *request):
+            return []
+
+        def abort(self, request_id):
+            return []
+
+    class Replica:
+        def send(self, message):
+            pass
+
+    now = 0.0
+    lane = Lane(Replica(), lambda hello: Processor(), clock=lambda: now)
+    lane.handle(Hello(max_model_len=9, max_request_tokens=9, vocab_size=9))
+    lane.handle(Status(state="ready", steps=1))
+    now = 100.0
+    assert lane.stalled_seconds == 0  # nothing to do
+    lane.add("a", None, [1], SamplingParams())
+    now = 130.0
+    lane.handle(Status(state="ready", steps=1))
+    assert lane.stalled_seconds == 30
+    lane.handle(Status(state="ready", steps=2))
+    assert lane.stalled_seconds == 0
+    now = 150.0
+    lane.abort("a")
+    assert lane.stalled_seconds == 0

@@ -1,0 +1,246 @@
+"""Whatever a client gets wrong: the right status, OpenAI's shape, and the full path of the field."""
+
+import json
+import socket
+
+import pytest
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def message(**fields):
+    return [{"role": "user", "content": "Hello"} | fields]
+
+
+def part(**fields):
+    return message(content=[{"type": "text", "text": "a"}, fields])
+
+
+CHAT = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": {}}, "messages"),
+    ({"messages": "Hello"}, "messages"),
+    ({"messages": [3]}, "messages[0]"),
+    ({"messages": message(content=None)}, "messages[0].content"),
+    ({"messages": message(content=3)}, "messages[0].content"),
+    ({"messages": message(contents="a")}, "messages[0].contents"),
+    ({"messages": message(name="Ann")}, "messages[0].name"),
+    ({"messages": message(role="owner")}, "messages[0].role"),
+    ({"messages": message(role="tool", tool_call_id="1")}, "messages[0].role"),
+    ({"messages": message(role="assistant", tool_calls=[{}])}, "messages[0].tool_calls"),
+    ({"messages": part(type="text", txet="b")}, "messages[0].content[1].txet"),
+    ({"messages": part(type="text")}, "messages[0].content[1].text"),
+    ({"messages": part(type="image_url")}, "messages[0].content[1].type"),
+    ({"messages": part(type="image_url", image_url={"url": "x"})}, "messages[0].content[1].type"),
+    ({"messages": part(text="b")}, "messages[0].content[1].type"),
+    ({"messages": [{"content": "a"}]}, "messages[0].role"),
+    ({"mesages": MESSAGES}, "mesages"),
+    ({"model": 3}, "model"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": 5}, "max_tokens"),
+    ({"max_completion_tokens": 600}, "max_completion_tokens"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "text", "x": 1}}, "response_format"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"add_generation_prompt": 1}, "add_generation_prompt"),
+    ({"echo": True}, "echo"),
+]
+COMPLETION = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt[0]"),
+    ({"prompt": 3}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": [True]}, "prompt[0]"),
+    ({"prompt": [1.0]}, "prompt[0]"),
+    ({"prompt": [1, "a"]}, "prompt[1]"),
+    ({"prompt": ["a", ""]}, "prompt[1]"),
+    ({"prompt": ["a", [1]]}, "prompt[1]"),
+    ({"prompt": [[40], [40, "1"]]}, "prompt[1][1]"),
+    ({"prompt": [40, 288]}, "prompt[1]"),
+    ({"prompt": [40, -1]}, "prompt[1]"),
+    ({"prompt": [[40], [41, 2**70]]}, "prompt[1][1]"),
+    ({"prompt": ["a"] * 2049}, "prompt"),
+    ({"prompt": "a" * 600}, "prompt"),
+    ({"prompt": ["a", "a" * 600]}, "prompt[1]"),
+    ({"max_tokens": "16"}, "max_tokens"),
+    ({"max_tokens": 16.0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 512}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"stop": 3}, "stop"),
+    ({"stop": ["a", 3]}, "stop[1]"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"stop": ["a"] * 65}, "stop"),
+    ({"stop_token_ids": [288]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": ["1"]}, "stop_token_ids[0]"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"stream": True, "max_tokens": 512}, "max_tokens"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"presence_penalty": False}, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"suffix": "end"}, "suffix"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"store": True}, "store"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"metadata": {"a": 1}}, "metadata[...]"),
+    ({"metadata": []}, "metadata"),
+    ({"user": 3}, "user"),
+    ({"temprature": 1}, "temprature"),
+    ({"messages": MESSAGES}, "messages"),
+]
+
+
+def check(response, status, param=None):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    assert error["message"] and "Traceback" not in error["message"]
+    assert response.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(("fields", "param"), CHAT, ids=lambda value: str(value)[:40])
+def test_chat(http, fields, param):
+    body = {"model": "tiny", "messages": MESSAGES} | fields
+    error = check(http.post("/v1/chat/completions", json=body), 400, param)
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("fields", "param"), COMPLETION, ids=lambda value: str(value)[:40])
+def test_completion(http, fields, param):
+    body = {"model": "tiny", "prompt": "Hello"} | fields
+    error = check(http.post("/v1/completions", json=body), 400, param)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_too_long_says_all_three_numbers(http):
+    body = {"messages": MESSAGES, "max_completion_tokens": 505}
+    error = check(http.post("/v1/chat/completions", json=body), 400, "max_completion_tokens")
+    assert error["message"].startswith("max_completion_tokens is 505")
+    assert "8 tokens" in error["message"] and "512" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_prompt_alone_too_long(http):
+    body = {"messages": [{"role": "user", "content": "x" * 10_000}]}
+    error = check(http.post("/v1/chat/completions", json=body), 400, "messages")
+    assert "10003 tokens" in error["message"] and error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a\\udc00b"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a\x00"}',
+        b'{"prompt": "a"} trailing',
+        b"[" * 100_000,
+        b'{"a":' * 20_000,
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_broken_json(http, body):
+    response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert check(response, 400)["type"] == "invalid_request_error"
+
+
+def test_content_type(http):
+    body = json.dumps({"prompt": "a"}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        check(http.post("/v1/completions", content=body, headers={"content-type": kind}), 415)
+    kind = "application/json; charset=utf-8"
+    assert http.post("/v1/completions", content=body, headers={"content-type": kind}).status_code == 200
+
+
+def test_unknown_model_and_route_and_method(http):
+    error = check(http.post("/v1/completions", json={"model": "gpt-4", "prompt": "a"}), 404, "model")
+    assert error["code"] == "model_not_found" and "tiny" in error["message"]
+    check(http.post("/v1/engines"), 404)
+    response = http.get("/v1/completions")
+    check(response, 405)
+    assert response.headers["allow"] == "POST"
+    check(http.delete("/v1/models"), 405)
+
+
+def test_body_limit_by_its_length_and_by_what_comes(http):
+    big = json.dumps({"prompt": "a" * 300_000}).encode()
+    headers = {"content-type": "application/json"}
+    assert "200000" in check(http.post("/v1/completions", content=big, headers=headers), 413)["message"]
+    chunks = (big[i : i + 50_000] for i in range(0, len(big), 50_000))
+    check(http.post("/v1/completions", content=chunks, headers=headers), 413)
+
+
+def test_a_length_that_is_announced_but_not_sent_is_refused_at_once(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: 99999999999\r\n\r\n"
+        )
+        assert b" 413 " in sock.recv(4096)
+
+
+def test_an_engine_error_is_a_500_alone_and_an_event_in_a_stream(http):
+    body = {"prompt": "a<|fails|>"}
+    error = check(http.post("/v1/completions", json=body), 500)
+    assert error["type"] == "server_error" and "a bad token" in error["message"]
+    response = http.post("/v1/completions", json=body | {"stream": True})
+    *_, failed, done, end = response.text.split("\n\n")
+    assert response.status_code == 200 and (done, end) == ("data: [DONE]", "")
+    assert json.loads(failed.removeprefix("data: "))["error"] == error
+    assert http.post("/v1/completions", json={"prompt": "fine"}).status_code == 200
+
+
+def test_a_bad_prompt_in_a_batch_ends_the_others(http, journal, eventually):
+    body = {"prompt": ["a", "a" * 600], "max_tokens": 400}
+    check(http.post("/v1/completions", json=body), 400, "prompt[1]")
+    lines = journal.read_text().split("\n")
+    begun = {line.removeprefix("add ") for line in lines if line.startswith("add")}
+    eventually(lambda: all(f"end {id}\n" in journal.read_text() for id in begun))
