@@ -75,7 +75,8 @@ class LoadedModel:
             return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, weights))
 
         def hidden(weights: Weights, ids: jax.Array, meta: AttentionMeta, kv: KV) -> tuple[jax.Array, KV]:
-            x, pools = module(weights)(ids, meta.row_pos, partial(self._attend, meta), kv)
+            attend = jax.tree_util.Partial(self._attend, meta)  # a pytree: the layers' jit takes it
+            x, pools = module(weights)(ids, meta.row_pos, attend, kv)
             return x, pools
 
         def logits(weights: Weights, x: jax.Array) -> jax.Array:

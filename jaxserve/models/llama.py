@@ -16,6 +16,7 @@ from jaxserve.models.layers.linear import Linear
 from jaxserve.models.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.param import padded
+from jaxserve.models.layers.repeat import apply
 from jaxserve.models.layers.rope import Rope, Rotation
 
 
@@ -93,7 +94,7 @@ class Llama(nnx.Module):
         rotation = self.config.rope(positions)
         new = []
         for layer, pool in zip(self.layers, pools, strict=True):
-            x, pool = layer(x, rotation, attend, pool)
+            x, pool = apply(layer, x, rotation, attend, pool)
             new.append(pool)
         return x, new
 
