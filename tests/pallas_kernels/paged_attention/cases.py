@@ -1,0 +1,198 @@
+"""The one case table that every implementation of paged attention is tested over, and an oracle in float64."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, ragged_meta
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch: sequence i has `starts[i]` tokens in the pool and gets `q_lens[i]` more."""
+
+    name: str
+    q_lens: tuple[int, ...]
+    starts: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 32
+    block_size: int = 16
+    dtype: Any = jnp.float32
+    pool_dtype: Any = None
+    """The type of the pool's numbers, where it is not `dtype`."""
+    bits: bool = False
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    pad_rows: int = 0
+    pad_seqs: int = 0
+    extra_width: int = 0
+    """Entries of the block table that no sequence needs."""
+    gap: int = 0
+    """Padding rows between the single-row sequences and the others."""
+    shared_blocks: int = 0
+    """Leading blocks that sequence 1 has in common with sequence 0."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Inputs:
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    pool: jax.Array
+    meta: AttentionMeta
+    options: dict[str, Any]
+    """scale, masking, sinks and alibi."""
+
+
+BF16 = jnp.bfloat16
+DECODE = ((1, 1, 1), (4, 32, 16))
+MIXED = ((1, 1, 7, 12), (39, 2, 0, 18))
+
+CASES = [
+    Case("decode", *DECODE),
+    Case("decode one sequence", (1,), (9,)),
+    Case("decode first token", (1,), (0,)),
+    Case("decode long", (1, 1), (300, 63), extra_width=3),
+    Case("decode long window", (1, 1), (300, 63), window=100),
+    Case("decode long sinks", (1, 1), (300, 63), sinks=True),
+    Case("decode long alibi bf16", (1, 1), (300, 63), alibi=True, dtype=BF16),
+    Case("decode padded", *DECODE, pad_seqs=2, pad_rows=2),
+    Case("decode exactly fills a block", (1, 1), (15, 31)),
+    Case("decode shared prefix", (1, 1), (40, 37), shared_blocks=2),
+    Case("mixed", *MIXED),
+    Case("mixed padded", *MIXED, pad_seqs=2, pad_rows=5, extra_width=2),
+    Case("mixed gap", *MIXED, pad_rows=3, gap=3),
+    Case("mixed many rows", (1, 70, 33), (20, 0, 17), pad_rows=3),
+    Case("prefill", (17,), (0,)),
+    Case("prefill two", (5, 20), (0, 0), pad_rows=3),
+    Case("prefill exactly fills blocks", (16, 32), (0, 0)),
+    Case("chunk", (12, 9), (25, 16)),
+    Case("chunk long", (10,), (290,)),
+    Case("only padding", (), (), pad_seqs=2, pad_rows=2),
+    Case("only padding rows", (), (), pad_seqs=2, pad_rows=20),
+    Case("gqa 1", *MIXED, heads=3, kv_heads=3),
+    Case("gqa 3", *MIXED, heads=9, kv_heads=3),
+    Case("gqa 7", *MIXED, heads=14, kv_heads=2),
+    Case("gqa 8", *MIXED, heads=8, kv_heads=1),
+    Case("gqa 24", *MIXED, heads=24, kv_heads=1),
+    *(Case(f"head size {d}", *MIXED, dim=d) for d in (16, 64, 80, 96, 128, 256)),
+    *(Case(f"block size {b}", *MIXED, block_size=b) for b in (4, 32, 64, 128, 256)),
+    Case("window", *MIXED, window=5),
+    Case("window of one", *MIXED, window=1),
+    Case("window wider than the context", *MIXED, window=1000),
+    Case("soft cap", *MIXED, soft_cap=2.0),
+    Case("window and soft cap", *MIXED, window=9, soft_cap=2.0),
+    Case("sinks", *MIXED, sinks=True),
+    Case("sinks and window", *MIXED, sinks=True, window=6),
+    Case("alibi", *MIXED, alibi=True),
+    Case("everything", *MIXED, heads=9, kv_heads=3, dim=80, sinks=True, alibi=True, window=11, soft_cap=3.0),
+    Case("bf16", *MIXED, dtype=BF16),
+    Case("bf16 decode", *DECODE, dtype=BF16),
+    Case("bf16 bits", *MIXED, dtype=BF16, bits=True),
+    Case("f16 bits", *MIXED, dtype=jnp.float16, bits=True),
+    Case("f32 over a bf16 pool", *MIXED, pool_dtype=BF16),
+]
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    """Random inputs for a case; slots of the pool that hold no context have values that would show."""
+    rng = np.random.default_rng(seed)
+    seqs = len(case.q_lens)
+    q_lens = np.array([*case.q_lens, *[0] * case.pad_seqs], np.int32)
+    starts = np.array([*case.starts, *[0] * case.pad_seqs], np.int32)
+    blocks_of = [-(-(n + s) // case.block_size) for n, s in zip(case.q_lens, case.starts, strict=True)]
+    num_blocks = 2 + sum(blocks_of)
+    tables = np.zeros((len(q_lens), max(blocks_of, default=1) + case.extra_width), np.int32)
+    free = rng.permutation(np.arange(1, num_blocks))
+    for i in range(seqs):
+        tables[i, : blocks_of[i]], free = free[: blocks_of[i]], free[blocks_of[i] :]
+    if case.shared_blocks:
+        tables[1, : case.shared_blocks] = tables[0, : case.shared_blocks]
+
+    rows = int(q_lens.sum()) + case.pad_rows + case.gap
+    meta = ragged_meta(*map(jnp.asarray, (tables, starts, q_lens)), rows)
+    if case.gap:
+        singles = sum(n == 1 for n in case.q_lens)
+        meta = _with_gap(meta, singles, case.gap)
+
+    number = jnp.dtype(case.pool_dtype or case.dtype)
+    shape = PoolShape(num_blocks, case.kv_heads, case.block_size, case.dim, number, case.bits)
+    pool = rng.standard_normal(shape.shape, np.float32)
+    live = np.zeros((num_blocks, case.block_size), bool)
+    for i in range(seqs):
+        p = np.arange(case.starts[i])
+        live[tables[i, p // case.block_size], p % case.block_size] = True
+    pool = np.where(live[:, None, None, :, None], pool, 1000.0).astype(number).view(shape.storage)
+
+    def normal(heads):
+        return jnp.asarray(rng.standard_normal((rows, heads, case.dim), np.float32), case.dtype)
+
+    slopes = jnp.asarray(2.0 ** -rng.uniform(1, 6, case.heads), jnp.float32)
+    options = {
+        "scale": case.dim**-0.5,
+        "masking": Masking(case.window, case.soft_cap),
+        "sinks": jnp.asarray(rng.standard_normal(case.heads), jnp.float32) if case.sinks else None,
+        "alibi": slopes if case.alibi else None,
+    }
+    q, k, v = normal(case.heads), normal(case.kv_heads), normal(case.kv_heads)
+    return Inputs(q, k, v, jnp.asarray(pool), meta, options)
+
+
+def _with_gap(meta: AttentionMeta, singles: int, gap: int) -> AttentionMeta:
+    """The same batch with `gap` padding rows after the single-row sequences, taken from the end."""
+    rows = meta.row_pos.shape[0]
+    order = np.r_[0:singles, rows - gap : rows, singles : rows - gap]
+    q_rows = jnp.where(meta.q_lens > 1, meta.q_rows + gap, meta.q_rows)
+    return meta._replace(q_rows=q_rows, row_seq=meta.row_seq[order], row_pos=meta.row_pos[order])
+
+
+def numbers(stored: jax.Array, dtype: Any) -> np.ndarray:
+    """float64 of what a pool stores; `dtype` is what its bits mean."""
+    x = np.asarray(stored)
+    return (x.view(jnp.dtype(dtype)) if x.dtype == np.uint16 else x).astype(np.float64)
+
+
+def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """(out float64 `[N, heads, dim]`, pool as stored), one sequence, row and head at a time."""
+    q = np.asarray(x.q, np.float64)
+    number = x.q.dtype if x.pool.dtype == jnp.uint16 else x.pool.dtype
+    k, v = (np.asarray(a.astype(number)).view(x.pool.dtype) for a in (x.k, x.v))
+    pool = np.array(x.pool)
+    meta = AttentionMeta(*map(np.asarray, x.meta))
+    size = pool.shape[3]
+    group = q.shape[1] // k.shape[1]
+    scale, (window, cap) = x.options["scale"], x.options["masking"]
+    for s, n in enumerate(meta.q_lens):
+        for i in range(n):
+            p = meta.starts[s] + i
+            block = meta.block_tables[s, p // size]
+            pool[block, 0, :, p % size], pool[block, 1, :, p % size] = k[meta.q_rows[s] + i], v[meta.q_rows[s] + i]
+
+    out = np.zeros(q.shape)
+    content = numbers(pool, number)
+    for s, n in enumerate(meta.q_lens):
+        for i in range(n):
+            row, p = meta.q_rows[s] + i, meta.starts[s] + i
+            seen = np.arange(max(0, p - window + 1) if window else 0, p + 1)
+            context = content[meta.block_tables[s, seen // size], :, :, seen % size]  # [C, 2, kv_heads, dim]
+            for h in range(q.shape[1]):
+                logits = context[:, 0, h // group] @ q[row, h] * scale
+                if cap:
+                    logits = cap * np.tanh(logits / cap)
+                if x.options["alibi"] is not None:
+                    logits = logits + float(x.options["alibi"][h]) * (seen - p)
+                weights = np.exp(logits - logits.max())
+                mass = weights.sum()
+                if x.options["sinks"] is not None:
+                    mass += np.exp(float(x.options["sinks"][h]) - logits.max())
+                out[row, h] = weights @ context[:, 1, h // group] / mass
+    return out, pool

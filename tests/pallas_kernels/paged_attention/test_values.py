@@ -1,0 +1,75 @@
+"""Every implementation against the float64 oracle, over the case table and over random ragged batches."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.pallas_kernels.paged_attention import paged_attention
+
+from .cases import CASES, Case, Inputs, make, oracle
+
+IMPLEMENTATIONS = ["reference", "xla", "gpu"]
+
+TOLERANCE = {
+    # a few hundred float32 roundings (eps 6e-8) of numbers of size 1, and exp2 in place of exp
+    jnp.dtype(jnp.float32): 1e-5,
+    # one rounding of the weights (half an ulp, 2**-9) and one of the output, both of numbers up to about 3
+    jnp.dtype(jnp.bfloat16): 2 * 3 * 2**-9,
+    jnp.dtype(jnp.float16): 2 * 3 * 2**-12,
+}
+
+
+def run(implementation: str, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """(out of the live rows in float64, pool without the dummy block)"""
+    attend = jax.jit(partial(paged_attention, **x.options, implementation=implementation, interpret=True))
+    out, pool = attend(x.q, x.k, x.v, x.pool, x.meta)
+    assert (out.dtype, out.shape) == (x.q.dtype, x.q.shape)
+    return np.asarray(out, np.float64)[np.asarray(x.meta.row_pos) >= 0], np.asarray(pool)[1:]
+
+
+def check(implementation: str, x: Inputs) -> None:
+    out, pool = run(implementation, x)
+    want, want_pool = oracle(x)
+    want = want[np.asarray(x.meta.row_pos) >= 0]
+    np.testing.assert_allclose(out, want, rtol=0, atol=TOLERANCE[x.q.dtype])
+    assert pool.tobytes() == want_pool[1:].tobytes()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case, implementation):
+    check(implementation, make(case))
+
+
+@st.composite
+def batches(draw) -> Case:
+    singles = draw(st.integers(0, 3))
+    chunks = draw(st.lists(st.integers(2, 20), max_size=2))
+    lens = (*[1] * singles, *chunks)
+    starts = tuple(draw(st.integers(0, 50)) for _ in lens)
+    pads = {name: draw(st.integers(0, 3)) for name in ("pad_seqs", "pad_rows", "extra_width")}
+    if not lens:
+        pads["pad_seqs"] = pads["pad_rows"] = 1
+    return Case("drawn", lens, starts, window=draw(st.sampled_from([0, 0, 1, 7])), **pads)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(case=batches(), seed=st.integers(0, 2**16))
+def test_random_batches(implementation, case, seed):
+    check(implementation, make(case, seed))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+def test_what_another_sequence_left_behind_is_not_read(implementation):
+    """NaN in slots that hold none of a sequence's tokens stays there."""
+    x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1))
+    x.pool = jnp.where(x.pool == 1000.0, jnp.nan, x.pool)
+    out, _ = run(implementation, x)
+    want = oracle(x)[0][np.asarray(x.meta.row_pos) >= 0]
+    np.testing.assert_allclose(out, want, rtol=0, atol=TOLERANCE[x.q.dtype])
