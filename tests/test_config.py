@@ -76,7 +76,7 @@ def test_an_option_that_does_not_exist_is_refused_by_name(name):
     [
         ({"gpu_memory_utilisation": 0.5}, "unknown option gpu_memory_utilisation; did you mean gpu_mem"),
         ({"port": 1}, "unknown option port"),
-        ({"memory_fraction": 0.5, "gpu_memory_utilization": 0.5}, "memory_fraction and gpu_memory_utilization"),
+        ({"num_blocks": 9, "num_gpu_blocks_override": 9}, "num_blocks and num_gpu_blocks_override are the"),
         ({"tensor_parallel_size": 2, "mesh": "2"}, "mesh and tensor_parallel_size"),
     ],
 )

@@ -108,7 +108,8 @@ def _talk(args: argparse.Namespace) -> Talk:
         return LocalModel(config, args.temperature, args.max_tokens)
     flags = [flag for flag in given_flags(args, EngineConfig) if flag != "--model"]
     if flags or args.config:
-        raise ConfigError(f"{(flags or ['--config'])[0]} has no meaning with --url: the server has the engine")
+        flag = flags[0] if flags else "--config"
+        raise ConfigError(f"{flag} has no meaning with --url: the server has the engine")
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     model = args.positional_model or getattr(args, "model", None)
     return RemoteModel(args.url, model, key, args.temperature, args.max_tokens)

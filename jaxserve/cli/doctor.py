@@ -75,8 +75,8 @@ def _devices() -> Iterator[Finding]:
         devices = jax.devices()
     except RuntimeError as error:
         wanted = os.environ.get("JAX_PLATFORMS")
-        advice = f"unset JAX_PLATFORMS (it is {wanted!r}) or install what it asks for" if wanted else GPU_BUILD
-        yield Finding("devices", _first_line(error), "broken", advice)
+        unset = f"unset JAX_PLATFORMS (it is {wanted!r}) or install what it asks for"
+        yield Finding("devices", _first_line(error), "broken", unset if wanted else GPU_BUILD)
         return
     names = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     gpus = _nvidia_gpus()
@@ -151,8 +151,8 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:  # the next checks may say why
-        name = check.__name__.strip("_").replace("_", " ")
-        yield Finding(name, f"{type(error).__name__}: {_first_line(error)}", "broken", "a bug, if no line above explains it")
+        name, problem = check.__name__.strip("_").replace("_", " "), f"{type(error).__name__}: {error}"
+        yield Finding(name, _first_line(problem), "broken", "a bug, if no other line explains it")
 
 
 def _print(findings: list[Finding]) -> None:

@@ -144,7 +144,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, server):
     code, out, _, seen = chat("one interrupt two", "next")
     assert code == 0
     assert server.hung_up.wait(20)
-    assert out.startswith("one interrupt ")
+    assert out.startswith("one ")
     assert "two" not in out
     assert out.endswith("\nnext \n")
     assert roles(seen[1][1])[1] == ("assistant", out.splitlines()[0].strip())
