@@ -28,6 +28,8 @@ def load_tokenizer(path: Path | str, chat_template: str | None = None) -> "Token
     """
     path = Path(path)
     tokenizer = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+    if tokenizer is None and len(files := sorted(path.glob("*.gguf"))) == 1:
+        tokenizer = _from_gguf(files[0])
     if chat_template is not None:
         if tokenizer is None:
             raise ModelError(f"a chat template needs a tokenizer, and {path} has none")

@@ -92,6 +92,10 @@ class TestDefaultModel:
         assert tokenizer.special_ids == set(range(17))
         assert tokenizer.encode("Hi") == tokenizer.encode("Hi", add_special_tokens=False)
 
+    def test_a_directory_with_the_file_in_it(self, default_model, tmp_path, tokenizer):
+        (tmp_path / "model.gguf").symlink_to(default_model)
+        assert load_tokenizer(tmp_path).encode("Hi there") == tokenizer.encode("Hi there")
+
     def test_chat(self, tokenizer, reference):
         messages = [
             {"role": "user", "content": "What is the capital of France?"},
