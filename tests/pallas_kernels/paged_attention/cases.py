@@ -1,4 +1,4 @@
-"""The one case table that every implementation of paged attention is tested over, and an oracle in float64."""
+"""The one case table for every implementation of paged attention, and an oracle in float64."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +175,7 @@ def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         for i in range(n):
             p = meta.starts[s] + i
             block = meta.block_tables[s, p // size]
-            pool[block, 0, :, p % size], pool[block, 1, :, p % size] = k[meta.q_rows[s] + i], v[meta.q_rows[s] + i]
+            pool[block, :, :, p % size] = np.stack([k[meta.q_rows[s] + i], v[meta.q_rows[s] + i]])
 
     out = np.zeros(q.shape)
     content = numbers(pool, number)

@@ -1,0 +1,212 @@
+"""Paged attention on NVIDIA GPUs: one Pallas kernel (Triton backend) for ragged prefill and decode.
+
+A program takes a tile of one sequence's query rows with all query heads of one KV head (together the M of
+the tensor core's products), and one split of the context those rows see. It reads the context page by
+page from the pool, which is passed whole and never sliced. Which rows a tile has is data (`_row_tiles`,
+`_query_tiles`), computed on the device from the meta alone, so XLA computes it once for all layers.
+
+The Triton backend of Pallas is deprecated in newer releases of jax; everything that depends on it is here.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
+from jaxserve.pallas_kernels.paged_attention.pool import decode, write
+from jaxserve.pallas_kernels.paged_attention.tuning.gpu import Variant, num_splits, variant
+
+LOG2E = math.log2(math.e)
+NEVER = -1e30
+"""A logit that takes no part. Finite: the difference of two of them must not be NaN."""
+NO_ROW = 1 << 30
+"""First row of a tile that has none: past the end of every sequence."""
+
+
+class _Tiles(NamedTuple):
+    """int32 [tiles]: the sequence of each tile, and its first query row counted from the sequence's."""
+
+    seq: jax.Array
+    first: jax.Array
+
+
+def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks, alibi, interpret=False):
+    """See the seam, `paged_attention/__init__.py`."""
+    pool = write(pool, k, v, meta)
+    rows, heads, _ = q.shape
+    seqs, width = meta.block_tables.shape
+    group = heads // pool.shape[2]
+    singles = min(rows, seqs)
+    # the type of both products: 16 bits only where both q and the pool's numbers have it
+    dtype = jnp.promote_types(q.dtype, q.dtype if pool.dtype == jnp.uint16 else pool.dtype)
+    attend = partial(
+        _attend, pool=pool, meta=meta, dtype=dtype, scale=scale, masking=masking, sinks=sinks, alibi=alibi,
+        interpret=interpret,
+    )  # fmt: skip
+    one = variant("rows", group, pool.shape[4], dtype.itemsize)
+    splits = num_splits(singles * pool.shape[2], width * pool.shape[3], one.tile)
+    out = attend(q[:singles], _row_tiles(meta, singles), one, rows=1, splits=splits)
+    if rows == singles:
+        return out, pool
+    many = variant("tiles", group, pool.shape[4], dtype.itemsize)
+    per_tile = max(1, many.block_m // group)
+    rest = attend(q, _query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
+    single = (meta.q_lens[:singles] == 1)[:, None, None]
+    return rest.at[:singles].set(jnp.where(single, out, rest[:singles])), pool
+
+
+def _row_tiles(meta: AttentionMeta, singles: int) -> _Tiles:
+    """A tile for each of the first rows, with a row in it where a sequence has only that one."""
+    seq = jnp.arange(singles, dtype=jnp.int32)
+    return _Tiles(seq, jnp.where(meta.q_lens[:singles] == 1, 0, NO_ROW))
+
+
+def _query_tiles(meta: AttentionMeta, rows: int, per_tile: int) -> _Tiles:
+    """The rows of the sequences that have several, `per_tile` to a tile, and tiles without rows."""
+    seqs = meta.q_lens.shape[0]
+    tiles = jnp.where(meta.q_lens > 1, -(-meta.q_lens // per_tile), 0)
+    ends = jnp.cumsum(tiles)
+    t = jnp.arange(rows // per_tile + seqs, dtype=jnp.int32)  # as many as any batch needs
+    # compare_all: the default method becomes a while loop on a GPU
+    seq = jnp.searchsorted(ends, t, side="right", method="compare_all").astype(jnp.int32)
+    live = seq < seqs
+    seq = jnp.where(live, seq, 0)
+    first = (t - ends[seq] + tiles[seq]) * per_tile
+    return _Tiles(seq, jnp.where(live, first, NO_ROW).astype(jnp.int32))
+
+
+def _attend(
+    q, tiles: _Tiles, v: Variant, *, rows, splits, pool, meta, dtype, scale, masking, sinks, alibi, interpret
+):
+    """out [N, heads, dim] of q's type in the rows that the tiles hold; undefined in others."""
+    n, heads, dim = q.shape
+    kv_heads, block_size = pool.shape[2:4]
+    kernel = partial(
+        _kernel, rows=rows, group=heads // kv_heads, block_m=v.block_m, tile=v.tile, splits=splits, dtype=dtype,
+        scale=scale, masking=masking, has_sinks=sinks is not None, has_alibi=alibi is not None,
+    )  # fmt: skip
+    if splits == 1:
+        out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    else:
+        parts = [(splits, n, heads, dim), (splits, n, heads), (splits, n, heads)]
+        out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in parts]
+    per_head = [x.astype(jnp.float32) for x in (sinks, alibi) if x is not None]
+    outs = pl.pallas_call(
+        kernel,
+        grid=(tiles.seq.shape[0], kv_heads, splits),
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=v.num_warps, num_stages=v.num_stages),
+        interpret=interpret,
+        name=f"paged_attention_m{v.block_m}_t{v.tile}_s{splits}",
+    )(*tiles, meta.starts, meta.q_lens, meta.q_rows, meta.block_tables, q, pool, *per_head)
+    return outs[0] if splits == 1 else _merge(*outs).astype(q.dtype)
+
+
+def _merge(acc, top, mass):
+    """float32 [N, heads, dim] from the splits' weighted sums, maxima (log2) and masses."""
+    share = jnp.exp2(top - top.max(axis=0))
+    mass = (mass * share).sum(axis=0)
+    return (acc * share[..., None]).sum(axis=0) / jnp.where(mass == 0.0, 1.0, mass)[..., None]
+
+
+def _kernel(
+    seq_ref, first_ref, starts_ref, lens_ref, rows_ref, tables_ref, q_ref, pool_ref, *refs,
+    rows, group, block_m, tile, splits, dtype, scale, masking, has_sinks, has_alibi,
+):  # fmt: skip
+    """One tile of one KV head and one split: out, or the split's (weighted sum, maximum, mass)."""
+    t, kv_head, split = (pl.program_id(i) for i in range(3))
+    sinks_ref, alibi_ref, outs = _unpack(refs, has_sinks, has_alibi)
+    block_size, dim = pool_ref.shape[3:]
+    seq, first = seq_ref[t], first_ref[t]
+    start, q_len = starts_ref[seq], lens_ref[seq]
+
+    m = jnp.arange(block_m, dtype=jnp.int32)
+    in_seq = first + m // group
+    live = (m < rows * group) & (in_seq < q_len)
+    # lanes without a row point past the end: interpret mode writes masked lanes too, and drops only those
+    row = jnp.where(live, rows_ref[seq] + in_seq, q_ref.shape[0])
+    head = kv_head * group + jnp.where(live, m % group, 0)
+    d = jnp.arange(pl.next_power_of_2(dim), dtype=jnp.int32)
+    in_dim = d < dim
+    q_at = (row[:, None], head[:, None], d[None, :])
+    q_mask = live[:, None] & in_dim[None, :]
+    q_pos = (start + in_seq)[:, None]
+
+    # the tiles of context that these rows see, and this split's share of them
+    end = start + jnp.minimum(q_len, first + rows)
+    lo = jnp.maximum(start + first - masking.window + 1, 0) // tile if masking.window else 0
+    hi = pl.cdiv(end, tile)
+    share = pl.cdiv(hi - lo, splits)
+    lo += split * share
+    hi = jnp.minimum(hi, lo + share)
+
+    # float32 stays float32: the default would be TF32
+    dot = partial(
+        jnp.dot, preferred_element_type=jnp.float32,
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+    )  # fmt: skip
+
+    def run():
+        q = triton.load(q_ref.at[q_at], mask=q_mask, other=0.0)
+        slope = triton.load(alibi_ref.at[head])[:, None] if has_alibi else None
+
+        def body(j, state):
+            top, mass, acc = state
+            pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
+            in_context = pos < end
+            # a page for each position: a tile may be a part of a block, or several
+            page = triton.load(tables_ref.at[seq, pos // block_size], mask=in_context, other=0)
+            # masked, not only out of sight: slots that this sequence has not written may hold NaN
+            kv_mask = in_context[:, None] & in_dim[None, :]
+
+            def load(which):
+                at = (page[:, None], which, kv_head, (pos % block_size)[:, None], d[None, :])
+                stored = triton.load(pool_ref.at[at], mask=kv_mask, other=jnp.zeros((), pool_ref.dtype))
+                return decode(stored, q_ref.dtype if pool_ref.dtype == jnp.uint16 else dtype).astype(dtype)
+
+            logits = dot(q.astype(dtype), load(0).T) * scale
+            if masking.soft_cap:
+                logits = masking.soft_cap * jnp.tanh(logits / masking.soft_cap)
+            ahead = pos[None, :] - q_pos
+            if has_alibi:
+                logits += slope * ahead.astype(jnp.float32)
+            visible = live[:, None] & (ahead <= 0)
+            if masking.window:
+                visible &= ahead > -masking.window
+            logits = jnp.where(visible, logits * LOG2E, NEVER)
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            # a row that has seen nothing has the maximum NEVER: its weights are 0, not exp2(0)
+            weights = jnp.where(visible, jnp.exp2(logits - new_top[:, None]), 0.0)
+            keep = jnp.exp2(top - new_top)
+            acc = acc * keep[:, None] + dot(weights.astype(dtype), load(1))
+            return new_top, mass * keep + weights.sum(axis=1), acc
+
+        top = jnp.full((block_m,), NEVER, jnp.float32)
+        mass = jnp.zeros((block_m,), jnp.float32)
+        if has_sinks:  # a sink counts once: in the first split
+            top = jnp.where(split == 0, triton.load(sinks_ref.at[head]) * LOG2E, top)
+            mass = jnp.where(split == 0, 1.0, mass)
+        acc = jnp.zeros((block_m, d.size), jnp.float32)
+        top, mass, acc = lax.fori_loop(lo, hi, body, (top, mass, acc))
+        if splits == 1:
+            out = acc / jnp.where(mass == 0.0, 1.0, mass)[:, None]
+            triton.store(outs[0].at[q_at], out.astype(outs[0].dtype), mask=q_mask)
+        else:
+            triton.store(outs[0].at[split, *q_at], acc, mask=q_mask)
+            triton.store(outs[1].at[split, row, head], top, mask=live)
+            triton.store(outs[2].at[split, row, head], mass, mask=live)
+
+    pl.when(first < q_len)(run)
+
+
+def _unpack(refs, has_sinks, has_alibi):
+    refs = list(refs)
+    sinks = refs.pop(0) if has_sinks else None
+    alibi = refs.pop(0) if has_alibi else None
+    return sinks, alibi, refs

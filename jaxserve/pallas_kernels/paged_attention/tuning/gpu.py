@@ -1,0 +1,50 @@
+"""Which variant of the GPU kernel runs for which static facts. Data: `docs/kernels.md` says what was measured."""
+
+from typing import Literal, NamedTuple
+
+from jax.experimental import pallas as pl
+
+FILLED = 264
+"""Programs that fill the device: two on each of an H200's 132 multiprocessors."""
+MAX_SPLITS = 16
+
+
+class Variant(NamedTuple):
+    """Sizes of one compiled kernel."""
+
+    block_m: int
+    """Rows of a product: query rows times the query heads of a KV head."""
+    tile: int
+    """Context positions per turn of the loop."""
+    num_warps: int
+    num_stages: int
+
+
+# (kind, bytes of a number, largest head size) -> variant; the first that fits
+TABLE = {
+    ("rows", 2, 128): Variant(16, 64, 4, 3),
+    ("rows", 2, 256): Variant(16, 32, 4, 3),
+    ("rows", 4, 128): Variant(16, 32, 4, 2),
+    ("rows", 4, 256): Variant(16, 16, 4, 2),
+    ("tiles", 2, 128): Variant(64, 64, 4, 3),
+    ("tiles", 2, 256): Variant(64, 32, 8, 2),
+    ("tiles", 4, 128): Variant(32, 32, 4, 2),
+    ("tiles", 4, 256): Variant(16, 16, 4, 2),
+}
+
+
+def variant(kind: Literal["rows", "tiles"], group: int, head_dim: int, itemsize: int) -> Variant:
+    """For tiles of one query row or of many; `group` query heads share a KV head of `head_dim` numbers."""
+    for (of_kind, size, largest), found in TABLE.items():
+        if (of_kind, size) == (kind, itemsize) and head_dim <= largest:
+            return found._replace(block_m=max(found.block_m, pl.next_power_of_2(group)))
+    raise ValueError(
+        f"no paged attention kernel for head size {head_dim} with {itemsize}-byte numbers: "
+        f"the largest is {max(largest for *_, largest in TABLE)} with 2 or 4 bytes"
+    )
+
+
+def num_splits(programs: int, longest_context: int, tile: int) -> int:
+    """Splits of the context, a power of two, that fill the device with `programs` for each."""
+    wanted = min(FILLED // programs, longest_context // tile, MAX_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)
