@@ -27,10 +27,6 @@ class Source(NamedTuple):
     def one(cls, name: str, shape: tuple[int, ...]) -> "Source":
         return cls({name: shape}, lambda x: x)
 
-    @classmethod
-    def stack(cls, names: Sequence[str], shape: tuple[int, ...]) -> "Source":
-        return cls(dict.fromkeys(names, shape), lambda *xs: np.stack(xs))
-
 
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight", "attention.bias", "masked_bias")
 """Endings of tensors that checkpoints carry and models derive or tie."""

@@ -1,11 +1,13 @@
 """Llama (Touvron et al., 2023) and its many descendants: RMSNorm, rotary GQA, gated MLP."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 from flax import nnx
 
 from jaxserve.errors import ModelError
@@ -62,7 +64,7 @@ class LlamaLayer(nnx.Module):
             c.hidden_size, heads, c.head_dim, qkv_bias=bias, out_bias=bias, dtype=dtype
         )
         self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.mlp = GatedMLP(c.hidden_size, width, c.hidden_act, bias=c.mlp_bias, dtype=dtype)
+        self.mlp = GatedMLP(c.hidden_size, width, c.hidden_act, shards, bias=c.mlp_bias, dtype=dtype)
 
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend, pool: jax.Array
@@ -119,7 +121,7 @@ class Llama(nnx.Module):
             for name, their in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
                 table[f"{ours}{name}.weight"] = Source.one(f"{theirs}{their}.weight", (c.hidden_size,))
             table |= _attention(c, heads, f"{ours}attention.", f"{theirs}self_attn.")
-            table |= _mlp(c, f"{ours}mlp.", f"{theirs}mlp.")
+            table |= _mlp(c, shards, f"{ours}mlp.", f"{theirs}mlp.")
         return table
 
 
@@ -131,7 +133,7 @@ def _attention(c: LlamaConfig, heads: HeadLayout, ours: str, theirs: str) -> dic
         shapes = {f"{theirs}{name}.{kind}": (n * dim, *tail) for name, n in counts.items()}
         return Source(shapes, lambda *qkv: heads.fuse_qkv(*(x.reshape(-1, dim, *tail) for x in qkv)))
 
-    def spread(out):
+    def spread(out: np.ndarray) -> np.ndarray:
         grid = heads.pick(heads.q, out.reshape(c.hidden_size, h, dim).swapaxes(0, 1))
         return grid.transpose(2, 0, 1, 3)
 
@@ -145,14 +147,21 @@ def _attention(c: LlamaConfig, heads: HeadLayout, ours: str, theirs: str) -> dic
     return table
 
 
-def _mlp(c: LlamaConfig, ours: str, theirs: str) -> dict[str, Source]:
+def _mlp(c: LlamaConfig, shards: int, ours: str, theirs: str) -> dict[str, Source]:
     wide, narrow = c.intermediate_size, c.hidden_size
-    gate_up = (f"{theirs}gate_proj.", f"{theirs}up_proj.")
+
+    def fused(kind: str, tail: tuple[int, ...]) -> Source:
+        shapes = {f"{theirs}{name}.{kind}": (wide, *tail) for name in ("gate_proj", "up_proj")}
+        return Source(shapes, partial(GatedMLP.fuse, shards))
+
+    def down(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(GatedMLP.split(shards, x.T), -1, 0)
+
     table = {
-        f"{ours}gate_up.weight": Source.stack([name + "weight" for name in gate_up], (wide, narrow)),
-        f"{ours}down.weight": Source.one(f"{theirs}down_proj.weight", (narrow, wide)),
+        f"{ours}gate_up.weight": fused("weight", (narrow,)),
+        f"{ours}down.weight": Source({f"{theirs}down_proj.weight": (narrow, wide)}, down),
     }
     if c.mlp_bias:
-        table[f"{ours}gate_up.bias"] = Source.stack([name + "bias" for name in gate_up], (wide,))
+        table[f"{ours}gate_up.bias"] = fused("bias", ())
         table[f"{ours}down.bias"] = Source.one(f"{theirs}down_proj.bias", (narrow,))
     return table

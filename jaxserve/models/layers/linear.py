@@ -1,5 +1,6 @@
 """Matrix products with weights: the only place that will know how a weight is stored."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -13,15 +14,18 @@ from jaxserve.models.layers.param import weight
 def contract(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
     """float32 [N, *out]: the last `dims` axes of x [N, *in] against those of w [*out, *in].
 
-    Weights stay `[out, in]` and accumulate in float32: on a CPU that is the form that reaches the
-    matrix units in bf16. float32 products are kept exact on every device.
+    As one product of matrices: x [N, in], w [out, in], accumulated in float32. That is the form that
+    reaches a CPU's matrix units in bf16; XLA would turn one with more axes by transposing w each step.
+    Only the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
+    float32 products are kept exact on every device.
     """
-    x_dims = tuple(range(x.ndim - dims, x.ndim))
-    w_dims = tuple(range(w.ndim - dims, w.ndim))
+    out, size = w.shape[: w.ndim - dims], math.prod(w.shape[w.ndim - dims :])
     exact = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x, w, ((x_dims, w_dims), ((), ())), precision=exact, preferred_element_type=jnp.float32
+    rows, columns = x.reshape(-1, size), w.reshape(-1, size)
+    y = lax.dot_general(
+        rows, columns, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
     )
+    return y.reshape(-1, *out)
 
 
 class Linear(nnx.Module):
