@@ -13,8 +13,8 @@ Every option is a flag of `jaxserve serve` (`--max-model-len 2048`), a keyword o
 engine's (`Engine(max_model_len=2048)`), and a line of a file given as `--config FILE` (TOML, or YAML; `-` and
 `_` are the same in names). A flag wins over the file. An unknown name is refused and the nearest one named.
 
-A switch has a `--no-` form. A list is given once (`--api-key a b`, `--api-key a,b`) or several times. An empty
-default is chosen for the model and the device, or means none.
+A switch has a `--no-` form. A list is given once (`--api-key a b`, `--api-key a,b`) or several times. An
+empty default is chosen for the model and the device, or means none.
 """
 KNOWN = """\
 
