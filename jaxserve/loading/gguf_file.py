@@ -1,43 +1,48 @@
-"""A GGUF file: metadata decoded only where it is asked for, tensors as memory-mapped views.
+"""A GGUF file: metadata decoded only where it is asked for, tensors read through a memory map.
 
-The `gguf` package dequantises; its reader makes an array of every token and merge, which takes seconds.
+The reader of the `gguf` package makes an array of every token and merge, which takes seconds.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import ModelError
+from jaxserve.loading.dequantise import FORMATS, Format, dequantise
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+MAX_RANK = 4
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF value types of fixed size, as `struct` codes."""
 
-PLAIN = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16)}
-QUANTISED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
-"""ggml tensor types by number."""
+PAST_END = "the header goes on past the end of the file"
 
 
 class Entry(NamedTuple):
-    """A tensor in the file: shape as in numpy (rows first), ggml type, offset in the data section."""
+    """A tensor in the file: shape as in numpy (rows first), its format, its place in the data section."""
 
     shape: tuple[int, ...]
-    kind: int
+    form: Format
     offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) // self.form.size * self.form.layout.itemsize
 
 
 class Metadata(Mapping[str, Any]):
-    """Key-value pairs, each decoded when it is first read."""
+    """Key-value pairs, each decoded when it is first read. Raises ModelError for one that cannot be."""
 
-    def __init__(self, data: mmap.mmap, places: dict[str, tuple[int, int]]):
+    def __init__(self, path: Path, data: mmap.mmap, places: dict[str, tuple[int, int]]):
+        self._path = path
         self._data = data
         self._places = places
         self._values: dict[str, Any] = {}
@@ -45,7 +50,10 @@ class Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
             kind, at = self._places[key]
-            self._values[key] = _Reader(self._data, at).value(kind)
+            try:
+                self._values[key] = _Reader(self._data, at).value(kind)
+            except ValueError as error:
+                raise ModelError(f"{key} in {self._path} cannot be read: {error}") from None
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -56,149 +64,133 @@ class Metadata(Mapping[str, Any]):
 
 
 class GGUFFile:
-    """Raises ModelError, one line, for a file that is no GGUF, is cut short or has an unknown type."""
+    """`metadata` and `tensors` of a file. Raises ModelError, one line, for a file that is not whole."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.tensors: dict[str, Entry] = {}
         try:
             with open(self.path, "rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._read_header()
-        except (OSError, ValueError, struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"{self.path} is not a whole GGUF file: {error}") from None
 
     def dequantised(self, name: str) -> np.ndarray:
         """A tensor as float32, or as a view of its own type where it is F32, F16 or BF16."""
         entry = self.tensors[name]
-        raw = self._raw(name)
-        if entry.kind in PLAIN:
-            return raw.view(PLAIN[entry.kind]).reshape(entry.shape)
-        from gguf.quants import dequantize
-
-        return dequantize(raw, _quantisation(entry.kind)).reshape(entry.shape)
-
-    def _raw(self, name: str) -> np.ndarray:
-        entry = self.tensors[name]
-        rows, width = int(np.prod(entry.shape[:-1], dtype=int)), self._row_bytes(entry)
-        start = self._start + entry.offset
-        return np.frombuffer(self._data, np.uint8, rows * width, start).reshape(rows, width)
-
-    @staticmethod
-    def _row_bytes(entry: Entry) -> int:
-        if entry.kind in PLAIN:
-            return entry.shape[-1] * PLAIN[entry.kind].itemsize
-        from gguf.constants import GGML_QUANT_SIZES
-
-        block, size = GGML_QUANT_SIZES[_quantisation(entry.kind)]
-        if entry.shape[-1] % block:
-            raise ValueError(f"a row of {entry.shape[-1]} numbers is not made of blocks of {block}")
-        return entry.shape[-1] // block * size
+        raw = np.frombuffer(self._data, np.uint8, entry.bytes, self._start + entry.offset)
+        return dequantise(raw, entry.form).reshape(entry.shape)
 
     def _read_header(self) -> None:
-        reader = _Reader(self._data, 0)
-        if self._data[:4] != MAGIC:
+        reader = _Reader(self._data, len(MAGIC))
+        if self._data[: len(MAGIC)] != MAGIC:
             raise ValueError("it does not begin with GGUF")
-        reader.at = 4
         if (version := reader.scalar("I")) not in VERSIONS:
-            raise ValueError(f"version {version}, supported are {VERSIONS}")
+            raise ValueError(f"version {version}; supported are {VERSIONS}")
         tensors, pairs = reader.scalar("Q"), reader.scalar("Q")
         places: dict[str, tuple[int, int]] = {}
         for _ in range(pairs):
             key, kind = reader.string(), reader.scalar("I")
+            if key in places:
+                raise ValueError(f"the key {key!r} comes twice")
             places[key] = (kind, reader.at)
             reader.skip(kind)
-        self.metadata = Metadata(self._data, places)
-        self.tensors: dict[str, Entry] = {}
+        self.metadata = Metadata(self.path, self._data, places)
         for _ in range(tensors):
-            name, rank = reader.string(), reader.scalar("I")
-            shape = tuple(reader.scalar("Q") for _ in range(rank))[::-1]
-            self.tensors[name] = Entry(shape, reader.scalar("I"), reader.scalar("Q"))
+            self._read_entry(reader)
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         self._start = -(-reader.at // alignment) * alignment
         for name, entry in self.tensors.items():
-            self._check(name, entry)
+            if self._start + entry.offset + entry.bytes > len(self._data):
+                raise ValueError(f"tensor {name} ends beyond the end of the file")
 
-    def _check(self, name: str, entry: Entry) -> None:
-        if entry.kind not in PLAIN and entry.kind not in QUANTISED:
-            supported = ", ".join(["F32", "F16", "BF16", *QUANTISED.values()])
+    def _read_entry(self, reader: "_Reader") -> None:
+        name, rank = reader.string(), reader.scalar("I")
+        if name in self.tensors:
+            raise ValueError(f"the tensor {name!r} comes twice")
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"tensor {name} has {rank} dimensions")
+        shape = tuple(reader.scalar("Q") for _ in range(rank))[::-1]
+        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        if (form := FORMATS.get(kind)) is None:
+            known = ", ".join(form.name for form in FORMATS.values())
             raise ModelError(
-                f"tensor {name} in {self.path} has ggml type {_type_name(entry.kind)}; supported: {supported}"
+                f"tensor {name} in {self.path} has ggml type {_type_name(kind)}; supported: {known}"
             )
-        size = int(np.prod(entry.shape[:-1], dtype=int)) * self._row_bytes(entry)
-        if self._start + entry.offset + size > len(self._data):
-            raise ValueError(f"tensor {name} ends beyond the end of the file")
+        if shape[-1] % form.size:
+            raise ValueError(f"tensor {name} has rows of {shape[-1]}, which {form.name} cannot hold")
+        self.tensors[name] = Entry(shape, form, offset)
 
 
 class _Reader:
-    """A position in the header."""
+    """A position in the header. Raises ValueError at the end of the file, before anything is allocated."""
 
     def __init__(self, data: mmap.mmap, at: int):
         self.data = data
         self.at = at
 
+    def advance(self, size: int) -> int:
+        """Step over `size` bytes; where they began."""
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise ValueError(PAST_END)
+        return start
+
     def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
+        start = self.advance(struct.calcsize("<" + code))
+        return struct.unpack_from("<" + code, self.data, start)[0]
 
     def string(self) -> str:
         length = self.scalar("Q")
-        start, self.at = self.at, self.at + length
-        if self.at > len(self.data):
-            raise ValueError("a string ends beyond the end of the file")
+        start = self.advance(length)
         return self.data[start : self.at].decode()
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            return self.scalar(SCALARS[kind])
+            return self.scalar(_code(kind))
         item, count = self.scalar("I"), self.scalar("Q")
-        if item in SCALARS:
-            values = np.frombuffer(self.data, "<" + SCALARS[item], count, self.at)
-            self.at += values.nbytes
-            return values.tolist()
-        return [self.value(item) for _ in range(count)]
+        if item == STRING:
+            return [self.string() for _ in range(count)]
+        start = self.advance(count * struct.calcsize("<" + _code(item)))
+        return np.frombuffer(self.data, "<" + _code(item), count, start).tolist()
 
     def skip(self, kind: int) -> None:
         if kind == STRING:
-            self.at += 8 + self.peek_length()
+            self.advance(self.scalar("Q"))
         elif kind != ARRAY:
-            self.at += struct.calcsize("<" + SCALARS[kind])
+            self.advance(struct.calcsize("<" + _code(kind)))
         else:
-            self._skip_array()
-        if self.at > len(self.data):
-            raise ValueError("the metadata ends beyond the end of the file")
+            item, count = self.scalar("I"), self.scalar("Q")
+            if item == STRING:
+                self._skip_strings(count)
+            else:
+                self.advance(count * struct.calcsize("<" + _code(item)))
 
-    def peek_length(self) -> int:
-        length: int = struct.unpack_from("<Q", self.data, self.at)[0]
-        return length
-
-    def _skip_array(self) -> None:
-        item, count = self.scalar("I"), self.scalar("Q")
-        if item in SCALARS:
-            self.at += count * struct.calcsize("<" + SCALARS[item])
-        elif item == STRING:
-            # the longest part of a header: 49,152 tokens and as many merges
-            at, data, unpack = self.at, self.data, struct.Struct("<Q").unpack_from
-            for _ in range(count):
-                at += 8 + unpack(data, at)[0]
-            self.at = at
-        else:
-            for _ in range(count):
-                self.skip(item)
+    def _skip_strings(self, count: int) -> None:
+        # the longest part of a header, a vocabulary and its merges: no call for each of them
+        at, data, unpack, end = self.at, self.data, struct.Struct("<Q").unpack_from, len(self.data) - 8
+        for _ in range(count):
+            if at > end:
+                raise ValueError(PAST_END)
+            at += 8 + unpack(data, at)[0]
+        self.advance(at - self.at)
 
 
-def _quantisation(kind: int) -> Any:
-    from gguf.constants import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind)
+def _code(kind: int) -> str:
+    if kind not in SCALARS:
+        raise ValueError(f"a value of unknown type {kind}")
+    return SCALARS[kind]
 
 
 def _type_name(kind: int) -> str:
     from gguf.constants import GGMLQuantizationType
 
     try:
-        return str(GGMLQuantizationType(kind).name)
+        return GGMLQuantizationType(kind).name
     except ValueError:
         return f"number {kind}"
