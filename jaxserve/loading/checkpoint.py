@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -11,11 +11,16 @@ import numpy as np
 from jaxserve.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+TORCH = ("*.bin", "*.pt", "*.pth")
 GGUF_ENDS = ("eos", "eot", "eom")
+
+T = TypeVar("T")
 
 
 class Checkpoint(ABC):
-    """A model on disk. Tensors are memory-mapped where the format allows it."""
+    """A model on disk. Nothing but headers is read before a tensor is asked for."""
 
     path: Path
     config: dict[str, Any]
@@ -29,7 +34,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor; quantised ones as float32."""
+        """One tensor in the type it is stored in; quantised ones as float32."""
 
     @abstractmethod
     def source(self, name: str) -> str:
@@ -43,15 +48,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return GGUFCheckpoint(path)
     if not path.is_dir():
         raise ModelError(f"{path} is neither a model directory nor a .gguf file")
-    if (path / "config.json").exists():
-        return SafetensorsCheckpoint(path)
     files = sorted(path.glob("*.gguf"))
+    if (path / "config.json").exists() and (any(path.glob("*.safetensors")) or not files):
+        return SafetensorsCheckpoint(path)
     if len(files) != 1:
-        raise ModelError(f"{path} has no config.json and {len(files)} .gguf files; one of them is needed")
+        found = f"{len(files)} .gguf files: give the path of one" if files else "no .gguf file"
+        raise ModelError(f"{path} has no config.json with safetensors, and {found}")
     return GGUFCheckpoint(files[0])
 
 
 class GGUFCheckpoint(Checkpoint):
+    """Tensors that the file does not quantise are views of it; `tensor` makes the others anew."""
+
     def __init__(self, path: Path):
         from jaxserve.loading import gguf_llama
         from jaxserve.loading.gguf_file import GGUFFile
@@ -59,13 +67,14 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         self._file = GGUFFile(path)
         meta = self._file.metadata
+        if (parts := meta.get("split.count", 1)) not in (0, 1):
+            raise ModelError(f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge")
         if (architecture := meta.get("general.architecture")) != "llama":
             raise ModelError(f"{path} is of architecture {architecture!r}; supported in GGUF: llama")
         self._family = gguf_llama
         self._names = gguf_llama.names(self._file)
         self.config = gguf_llama.config(self._file)
-        ids = (meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in GGUF_ENDS)
-        self.eos_token_ids = _ids(ids)
+        self.eos_token_ids = _ids(meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in GGUF_ENDS)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._file.tensors[theirs].shape for name, theirs in self._names.items()}
@@ -79,45 +88,55 @@ class GGUFCheckpoint(Checkpoint):
 
 
 class SafetensorsCheckpoint(Checkpoint):
+    """The files are memory-mapped; `tensor` copies one tensor out of its file."""
+
     def __init__(self, path: Path):
         self.path = path
-        self.config = _read_json(path / "config.json")
+        self.config = _read_json(path / "config.json", dict[str, Any])
         optional = path / "generation_config.json"
-        generation = _read_json(optional) if optional.exists() else {}
+        generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
         self.eos_token_ids = _ids([generation.get("eos_token_id"), self.config.get("eos_token_id")])
-        self._files = {file: _open(path / file) for file in self._file_names()}
+        index = _read_json(path / INDEX, Index).weight_map if (path / INDEX).exists() else {}
+        self._files = {file: _open(path / file) for file in set(index.values()) or _files(path)}
         self._file_of = {name: file for file, opened in self._files.items() for name in opened.keys()}
-        self._check_index()
+        for name, file in index.items():
+            if self._file_of.get(name) != file:
+                raise ModelError(f"{path / INDEX} says that tensor {name} is in {file}, and it is not")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._file_of.items()
-        }
+        return {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
 
     def tensor(self, name: str) -> np.ndarray:
         import ml_dtypes  # noqa: F401  numpy needs to know bfloat16
 
+        if (kind := self._slice(name).get_dtype()) not in FLOATS:
+            raise ModelError(
+                f"tensor {name} in {self.path / self.source(name)} has type {kind}; supported: {', '.join(FLOATS)}"
+            )
         value: np.ndarray = self._files[self._file_of[name]].get_tensor(name)
         return value
 
     def source(self, name: str) -> str:
         return self._file_of[name]
 
-    def _file_names(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            names = sorted(set(_read_json(self.path / INDEX).get("weight_map", {}).values()))
-        else:
-            names = sorted(file.name for file in self.path.glob("*.safetensors"))
-        if not names:
-            raise ModelError(f"{self.path} has no .safetensors files")
-        return names
+    def _slice(self, name: str) -> Any:
+        return self._files[self._file_of[name]].get_slice(name)
 
-    def _check_index(self) -> None:
-        if not (self.path / INDEX).exists():
-            return
-        for name, file in _read_json(self.path / INDEX)["weight_map"].items():
-            if self._file_of.get(name) != file:
-                raise ModelError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
+
+class Index(msgspec.Struct):
+    """Which file of a sharded checkpoint holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _files(path: Path) -> list[str]:
+    """The safetensors files of a directory without an index."""
+    names = [WHOLE] if (path / WHOLE).exists() else sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        torch = any(any(path.glob(pattern)) for pattern in TORCH)
+        hint = "; PyTorch's files are not read: save the model with safe_serialization=True" if torch else ""
+        raise ModelError(f"{path} has no .safetensors files{hint}")
+    return names
 
 
 def _open(path: Path) -> Any:
@@ -131,14 +150,14 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
 
 
-def _ids(values: Iterable[int | list[int] | None]) -> list[int]:
+def _ids(values: Iterable[Any]) -> list[int]:
     """Token ids, from single ones, lists and nothing, each once."""
     found: list[int] = []
     for value in values:
