@@ -68,7 +68,7 @@ class GGUFCheckpoint(Checkpoint):
         self._file = GGUFFile(path)
         meta = self._file.metadata
         if (parts := meta.get("split.count", 1)) not in (0, 1):
-            raise ModelError(f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge")
+            raise ModelError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
         if (architecture := meta.get("general.architecture")) != "llama":
             raise ModelError(f"{path} is of architecture {architecture!r}; supported in GGUF: llama")
         self._family = gguf_llama
@@ -98,7 +98,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.eos_token_ids = _ids([generation.get("eos_token_id"), self.config.get("eos_token_id")])
         index = _read_json(path / INDEX, Index).weight_map if (path / INDEX).exists() else {}
         self._files = {file: _open(path / file) for file in set(index.values()) or _files(path)}
-        self._file_of = {name: file for file, opened in self._files.items() for name in opened.keys()}
+        self._file_of = {name: file for file, opened in self._files.items() for name in _names(opened)}
         for name, file in index.items():
             if self._file_of.get(name) != file:
                 raise ModelError(f"{path / INDEX} says that tensor {name} is in {file}, and it is not")
@@ -110,9 +110,8 @@ class SafetensorsCheckpoint(Checkpoint):
         import ml_dtypes  # noqa: F401  numpy needs to know bfloat16
 
         if (kind := self._slice(name).get_dtype()) not in FLOATS:
-            raise ModelError(
-                f"tensor {name} in {self.path / self.source(name)} has type {kind}; supported: {', '.join(FLOATS)}"
-            )
+            known = ", ".join(FLOATS)
+            raise ModelError(f"tensor {name} in {self.source(name)} has type {kind}; supported: {known}")
         value: np.ndarray = self._files[self._file_of[name]].get_tensor(name)
         return value
 
@@ -148,6 +147,10 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _names(opened: Any) -> list[str]:
+    return list(opened.keys())
 
 
 def _read_json(path: Path, kind: type[T]) -> T:

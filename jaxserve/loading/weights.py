@@ -1,6 +1,6 @@
 """From a checkpoint's tensors to a model's parameters, placed on their devices one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class Source(NamedTuple):
         return cls({name: shape}, lambda x: x)
 
 
-IGNORED = ("rotary_emb.inv_freq", "lm_head.weight", "attention.bias", "masked_bias")
+IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 """Endings of tensors that checkpoints carry and models derive or tie."""
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,28 @@ from jaxserve.models.layers.repeat import apply
 from jaxserve.models.layers.rope import Rope, Rotation
 
 
+Count = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class Shape(msgspec.Struct):
+    """What the other keys of a config are completed from."""
+
+    hidden_size: Count
+    num_attention_heads: Count
+    max_position_embeddings: Count
+
+
 class LlamaConfig(msgspec.Struct, frozen=True):
     """The shape of a model, from the keys of its `config.json`."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count
     rms_norm_eps: float
     rope: Rope
     hidden_act: str = "silu"
@@ -42,14 +53,22 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Raises ModelError naming the key that is missing or wrong."""
         known = dict(config)
-        heads = known["num_attention_heads"]
-        known["num_key_value_heads"] = known.get("num_key_value_heads") or heads
-        known["head_dim"] = known.get("head_dim") or known["hidden_size"] // heads
-        known["rope"] = Rope.from_config(config, known["head_dim"])
-        if known.get("hidden_act", "silu") not in ACTIVATIONS:
-            raise ModelError(f"activation {known['hidden_act']!r} is not supported: {', '.join(ACTIVATIONS)}")
-        return cls(**{name: known[name] for name in cls.__struct_fields__ if name in known})
+        try:
+            shape = msgspec.convert(config, Shape)
+            heads = shape.num_attention_heads
+            known["num_key_value_heads"] = known.get("num_key_value_heads") or heads
+            known["head_dim"] = known.get("head_dim") or shape.hidden_size // heads
+            known["rope"] = Rope.from_config(config, known["head_dim"])
+            found = msgspec.convert(known, cls)
+        except msgspec.ValidationError as error:
+            raise ModelError(f"the model's config cannot be used: {error}") from None
+        if found.hidden_act not in ACTIVATIONS:
+            raise ModelError(f"activation {found.hidden_act!r} is not supported: {', '.join(ACTIVATIONS)}")
+        if heads % found.num_key_value_heads:
+            raise ModelError(f"{found.num_key_value_heads} key-value heads cannot be shared by {heads} heads")
+        return found
 
     def heads(self, shards: int) -> HeadLayout:
         return HeadLayout.over(shards, self.num_attention_heads, self.num_key_value_heads)

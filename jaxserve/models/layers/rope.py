@@ -45,6 +45,9 @@ class Rope(msgspec.Struct, frozen=True):
         if kind not in _SCALINGS and kind not in ("default", "dynamic"):
             known = ", ".join(sorted([*_SCALINGS, "default", "dynamic"]))
             raise ModelError(f"rope type {kind!r} is not supported; supported: {known}")
+        for key in _NEEDED.get(kind, ()):
+            if not isinstance(options.get(key), int | float):
+                raise ModelError(f"rope type {kind!r} needs {key}, a number; it is {options.get(key)!r}")
         return cls(dim, float(theta), int(config["max_position_embeddings"]), kind, options)
 
     def __call__(self, positions: jax.Array) -> Rotation:
@@ -124,4 +127,9 @@ def _factors(rope: Rope) -> tuple[np.ndarray, float]:
     return _plain(rope) / np.asarray(rope.options["factors"], np.float32), 1.0
 
 
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}
