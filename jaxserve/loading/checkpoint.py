@@ -52,8 +52,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if (path / "config.json").exists() and (any(path.glob("*.safetensors")) or not files):
         return SafetensorsCheckpoint(path)
     if len(files) != 1:
-        found = f"{len(files)} .gguf files: give the path of one" if files else "no .gguf file"
-        raise ModelError(f"{path} has no config.json with safetensors, and {found}")
+        hint = ": give the path of one" if files else ""
+        raise ModelError(f"{path} has no .safetensors with a config.json, and {len(files)} .gguf files{hint}")
     return GGUFCheckpoint(files[0])
 
 
@@ -88,38 +88,35 @@ class GGUFCheckpoint(Checkpoint):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """The files are memory-mapped; `tensor` copies one tensor out of its file."""
+    """Tensors are views of the memory-mapped files."""
 
     def __init__(self, path: Path):
+        from jaxserve.loading.safetensors_file import SafetensorsFile
+
         self.path = path
         self.config = _read_json(path / "config.json", dict[str, Any])
         optional = path / "generation_config.json"
         generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
         self.eos_token_ids = _ids([generation.get("eos_token_id"), self.config.get("eos_token_id")])
-        index = _read_json(path / INDEX, Index).weight_map if (path / INDEX).exists() else {}
-        self._files = {file: _open(path / file) for file in set(index.values()) or _files(path)}
-        self._file_of = {name: file for file, opened in self._files.items() for name in _names(opened)}
+        index = _index(path)
+        self._files = {file: SafetensorsFile(path / file) for file in set(index.values()) or _files(path)}
+        self._file_of = {name: file for file, opened in self._files.items() for name in opened.entries}
         for name, file in index.items():
             if self._file_of.get(name) != file:
                 raise ModelError(f"{path / INDEX} says that tensor {name} is in {file}, and it is not")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
+        return {name: self._files[file].entries[name].shape for name, file in self._file_of.items()}
 
     def tensor(self, name: str) -> np.ndarray:
-        import ml_dtypes  # noqa: F401  numpy needs to know bfloat16
-
-        if (kind := self._slice(name).get_dtype()) not in FLOATS:
+        file = self._files[self._file_of[name]]
+        if (kind := file.entries[name].dtype) not in FLOATS:
             known = ", ".join(FLOATS)
-            raise ModelError(f"tensor {name} in {self.source(name)} has type {kind}; supported: {known}")
-        value: np.ndarray = self._files[self._file_of[name]].get_tensor(name)
-        return value
+            raise ModelError(f"tensor {name} in {file.path} has type {kind}; supported: {known}")
+        return file.tensor(name)
 
     def source(self, name: str) -> str:
         return self._file_of[name]
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._file_of[name]].get_slice(name)
 
 
 class Index(msgspec.Struct):
@@ -138,19 +135,17 @@ def _files(path: Path) -> list[str]:
     return names
 
 
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _names(opened: Any) -> list[str]:
-    return list(opened.keys())
+def _index(path: Path) -> dict[str, str]:
+    """File of each tensor; empty without an index."""
+    if not (path / INDEX).exists():
+        return {}
+    found = _read_json(path / INDEX, Index).weight_map
+    for file in found.values():
+        if Path(file).name != file:
+            raise ModelError(f"{path / INDEX} leads out of its directory: {file}")
+    if not found:
+        raise ModelError(f"{path / INDEX} names no tensor")
+    return found
 
 
 def _read_json(path: Path, kind: type[T]) -> T:
