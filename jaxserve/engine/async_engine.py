@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.lane import Lane
 from jaxserve.engine.messages import FromCore, Hello
+from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
 from jaxserve.errors import EngineDied, InvalidRequest
 from jaxserve.options import build
@@ -25,7 +26,6 @@ ENCODE_INLINE = 4096
 """Longest prompt, in characters, that is tokenised on the event loop."""
 
 T = TypeVar("T")
-Prompt = str | list[int] | dict[str, Any]
 
 
 class AsyncEngine:
@@ -99,7 +99,7 @@ class AsyncEngine:
         config = EngineConfig(**{**options, "model": model})
         for lane in self._lanes:
             lane.replica.start(config, partial(self._deliver, lane))
-        await _in_daemon_thread(lambda: self._text)
+        await asyncio.to_thread(lambda: self._text)
         self._has_text = True
         await self._settled.wait()
         if self.failure is not None:
@@ -186,14 +186,9 @@ class AsyncEngine:
         return tokenizer, list(open_checkpoint(self._path).eos_token_ids)
 
     async def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
-                raise InvalidRequest('a prompt is {"prompt": …} or {"prompt_token_ids": […]}', "prompt")
-            (prompt,) = prompt.values()
+        prompt = parse_prompt(prompt)
         if isinstance(prompt, list):
             return None, prompt
-        if not isinstance(prompt, str):
-            raise InvalidRequest(f"a prompt is text or token ids, not {type(prompt).__name__}", "prompt")
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: send token ids", "prompt")
         if len(prompt) <= ENCODE_INLINE:

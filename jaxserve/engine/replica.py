@@ -4,6 +4,7 @@ Both say the same things to `deliver`, on any thread: every message from the cor
 """
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import socket
@@ -65,14 +66,20 @@ class ThreadReplica:
         self._loop = CoreLoop(partial(factory, config, replica=self._replica), deliver)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self._replica}", daemon=True)
         self._thread.start()
+        atexit.register(self._stop)  # a thread cut off inside the runtime would abort the process
 
     def send(self, message: ToCore) -> None:
         self._loop.send(message)
 
     async def close(self) -> None:
         if self._thread is not None:
-            self._loop.send(Shutdown())
-            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+            await asyncio.to_thread(self._stop)
+            atexit.unregister(self._stop)
+
+    def _stop(self) -> None:
+        assert self._thread is not None
+        self._loop.send(Shutdown())
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:

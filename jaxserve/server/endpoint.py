@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,7 +24,7 @@ class EngineEndpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._state.admitted():
+        with self._state.admitted(), suppress(ClientDisconnect):
             fields = await read_json(Request(scope, receive), self._state.max_body_size)
             work = asyncio.create_task(self._answer(fields, scope, receive, send))
             gone = asyncio.create_task(_disconnect(receive))

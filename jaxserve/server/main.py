@@ -124,7 +124,7 @@ def _place(listener: socket.socket) -> str:
 
 
 def _fail(reason: str) -> int:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    print(f"jaxserve: {reason}", file=sys.stderr, flush=True)
     return 1
 
 

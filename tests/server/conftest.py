@@ -53,9 +53,9 @@ def model_dir(tmp_path_factory) -> Path:
 class Server:
     """A server in a process of its own, on a free port."""
 
-    def __init__(self, script: Path, config: dict, env: dict[str, str]):
+    def __init__(self, command: list[str], config: dict, env: dict[str, str]):
         self.process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps({"port": 0} | config)],
+            [sys.executable, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,13 +92,22 @@ def launch(model_dir):
     servers: list[Server] = []
 
     def start(config: dict | None = None, **env: str) -> Server:
-        script = HERE / "fake_server.py"
-        servers.append(Server(script, {"model": str(model_dir)} | (config or {}), env))
+        config = {"model": str(model_dir), "port": 0} | (config or {})
+        servers.append(Server([str(HERE / "fake_server.py"), json.dumps(config)], config, env))
         return servers[-1]
 
     yield start
     for server in servers:
         server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def real_server(model_dir):
+    """`jaxserve serve` with the tiny Llama and nothing faked."""
+    command = ["-m", "jaxserve", "serve", str(model_dir), "--port", "0", "--dtype", "float32"]
+    server = Server([*command, "--max-num-seqs", "8"], {}, {})
+    yield server.wait_ready()
+    server.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

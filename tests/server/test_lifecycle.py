@@ -169,14 +169,14 @@ def test_a_model_that_cannot_load_ends_the_server_with_the_reason(launch):
     server = launch(FAKE_FAILS="told")
     assert server.process.wait(60) == 1
     server.stop()
-    assert "error: the model is broken" in server.err and "Traceback" not in server.err
+    assert "jaxserve: the model is broken" in server.err and "Traceback" not in server.err
 
 
 def test_an_engine_that_crashes_in_every_start_is_given_up(launch):
     server = launch(FAKE_FAILS="crash")
     assert server.process.wait(60) == 1
     server.stop()
-    assert "error: the engine process ended with status 9" in server.err
+    assert "jaxserve: the engine process ended with status 9" in server.err
     assert server.err.count("it is started again") == 2
 
 
@@ -190,7 +190,7 @@ def test_a_port_in_use_is_one_line(server, model_dir):
         timeout=60,
     )
     assert done.returncode == 1
-    assert done.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert done.stderr == f"jaxserve: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_while_loading_it_listens_and_says_so(launch, tmp_path, eventually):

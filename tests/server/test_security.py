@@ -96,4 +96,4 @@ def test_an_empty_key_is_no_key(launch):
     server = launch({"api_key": [""]})
     assert server.process.wait(60) == 1
     server.stop()
-    assert server.err == "error: api_key must not be empty\n"
+    assert server.err == "jaxserve: api_key must not be empty\n"

@@ -1,0 +1,70 @@
+"""The whole server and the whole AsyncEngine, with the real core and a tiny random Llama."""
+
+import asyncio
+import os
+import random
+import signal
+
+import openai
+import pytest
+
+from jaxserve import AsyncEngine, SamplingParams
+
+PROMPTS = ["".join(random.Random(i).choices("abcdefgh ", k=3 + 11 * i)) for i in range(12)]
+GREEDY = {"model": None, "temperature": 0, "max_tokens": 24, "logprobs": 0}
+
+
+@pytest.fixture(scope="module")
+def alone(real_server):
+    """Each prompt's greedy tokens, asked for one by one."""
+    client = openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none")
+    replies = [client.completions.create(prompt=prompt, **GREEDY) for prompt in PROMPTS]
+    return [reply.choices[0].logprobs.tokens for reply in replies]
+
+
+async def _together(url):
+    async def one(client, prompt):
+        stream = await client.completions.create(prompt=prompt, stream=True, **GREEDY)
+        return [token async for chunk in stream for token in chunk.choices[0].logprobs.tokens]
+
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        return await asyncio.gather(*(one(client, prompt) for prompt in PROMPTS))
+
+
+def test_concurrent_streams_give_the_same_tokens_as_alone(real_server, alone):
+    assert asyncio.run(_together(real_server.url)) == alone
+
+
+def test_after_the_engine_was_killed_it_gives_the_same_tokens(real_server, alone, eventually):
+    (engine,) = real_server.engine_pids()
+    os.kill(engine, signal.SIGKILL)
+    eventually(lambda: real_server.http.get("/ready").status_code == 503)
+    eventually(lambda: real_server.http.get("/ready").status_code == 200, 120)
+    assert asyncio.run(_together(real_server.url)) == alone
+
+
+def test_requests_that_are_closed_at_any_moment_leave_nothing_behind(model_dir):
+    chance = random.Random(0)
+
+    async def one(engine, i):
+        params = SamplingParams(max_tokens=60, ignore_eos=True, output_kind="delta", n=1 + i % 2)
+        stream = engine.generate(PROMPTS[i % len(PROMPTS)], params)
+        wanted = chance.randrange(8)
+        seen = 0
+        async for _ in stream:
+            seen += 1
+            if seen > wanted:
+                break
+        await stream.aclose()
+
+    async def main():
+        async with AsyncEngine(model=str(model_dir), dtype="float32", max_num_seqs=8) as engine:
+            await asyncio.gather(*(one(engine, i) for i in range(40)))
+            while (stats := await engine.stats())["running"] + stats["waiting"]:
+                await asyncio.sleep(0.01)
+            while (await engine.stats())["blocks_used"]:
+                await asyncio.sleep(0.01)
+            return await engine.stats()
+
+    stats = asyncio.run(asyncio.wait_for(main(), 120))
+    assert stats["blocks_used"] == 0 and stats["compiles_on_request_path"] == 0
