@@ -1,0 +1,108 @@
+"""From tensors to parameters: complaints come before anything is read, and one parameter is held at a time."""
+
+import weakref
+
+import numpy as np
+import pytest
+
+from jaxserve.errors import ModelError
+from jaxserve.loading.weights import Source, check, parameters
+from jaxserve.models.llama import LlamaConfig
+
+CONFIG = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+TABLE = {
+    "whole": Source.one("a", (2, 3)),
+    "joined": Source({"b": (1, 3), "c": (2, 3)}, lambda b, c: np.concatenate([b, c])),
+}
+
+
+class Tensors:
+    """Zeros of the given shapes, and how many of them are alive."""
+
+    def __init__(self, **shapes):
+        self._shapes = shapes
+        self.read = []
+        self.alive = 0
+        self.most = 0
+
+    def shapes(self):
+        return self._shapes
+
+    def source(self, name):
+        return f"{name}.safetensors"
+
+    def tensor(self, name):
+        self.read.append(name)
+        value = np.zeros(self._shapes[name], np.float32)
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(value, self._gone)
+        return value
+
+    def _gone(self):
+        self.alive -= 1
+
+
+GOOD = {"a": (2, 3), "b": (1, 3), "c": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"c": None}, "tensor c [2, 3] is missing from the checkpoint"),
+        ({"c": (3, 2)}, "tensor c in c.safetensors has shape [3, 2], the config asks for [2, 3]"),
+        ({"d": (1,)}, "tensor d in d.safetensors has no place in this architecture"),
+    ],
+)
+def test_the_first_wrong_tensor_is_named_before_any_is_read(change, said):
+    shapes = {name: shape for name, shape in (GOOD | change).items() if shape}
+    tensors = Tensors(**shapes)
+    with pytest.raises(ModelError) as caught:
+        list(parameters(tensors, TABLE, lambda path, value: value))
+    assert str(caught.value) == said
+    assert tensors.read == []
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"])
+def test_tensors_that_models_derive_or_tie_are_passed_over(name):
+    check(Tensors(**GOOD, **{name: (4,)}), TABLE)
+
+
+def test_one_parameter_is_on_the_host_at_a_time():
+    tensors = Tensors(**GOOD)
+    placed = [
+        (path, shape, tensors.alive)
+        for path, shape in parameters(tensors, TABLE, lambda path, value: value.shape)
+    ]
+    assert placed == [("whole", (2, 3), 0), ("joined", (3, 3), 0)]
+    assert tensors.most == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *(({key: None}, f"`{key}`") for key in CONFIG if key != "num_key_value_heads"),
+        ({"hidden_size": "16"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "2 key-value heads"),
+        ({"hidden_act": "tanh"}, "'tanh'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ],
+)
+def test_a_config_that_is_refused(change, said):
+    assert LlamaConfig.from_config(CONFIG).head_dim == 8
+    config = {key: value for key, value in (CONFIG | change).items() if value is not None}
+    with pytest.raises(ModelError) as caught:
+        LlamaConfig.from_config(config)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
