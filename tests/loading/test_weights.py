@@ -1,4 +1,4 @@
-"""From tensors to parameters: complaints come before anything is read, and one parameter is held at a time."""
+"""From tensors to parameters: complaints come before anything is read; one parameter is held at a time."""
 
 import weakref
 
