@@ -67,10 +67,10 @@ def model_in(place: Path) -> Path:
 
 def _parse(ref: str) -> tuple[str, str]:
     """Kind and name of a reference."""
-    kind, _, name = ref.rpartition(":")
+    kind, _, name = ref.partition(":") if ":" in ref else ("hf", "", ref)
     if kind == "pypi":
         return kind, package_index.canonical(name)
-    if kind in ("", "hf") and REPOSITORY.fullmatch(name) and not name.endswith(".gguf"):
+    if kind == "hf" and REPOSITORY.fullmatch(name) and not name.endswith(".gguf"):
         return "hf", name
     raise ModelError(f"there is no model {ref!r} here, and it is not a reference to one: {FORMS}")
 
