@@ -89,8 +89,9 @@ def _nibbles(q: np.ndarray) -> np.ndarray:
 
 
 def _five_bits(b: np.ndarray) -> np.ndarray:
-    high = np.unpackbits(b["h"], axis=-1, bitorder="little")
-    return _nibbles(b["q"]) | high[:, None] << 4
+    high: np.ndarray = np.unpackbits(b["h"], axis=-1, bitorder="little")
+    numbers: np.ndarray = _nibbles(b["q"]) | high[:, None] << 4
+    return numbers
 
 
 def _six_bit_scales(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
