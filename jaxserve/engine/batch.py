@@ -1,11 +1,16 @@
 """A schedule as one fixed-shape int32 buffer: the only thing a step sends to the device."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.scheduler import Chunk
+
+if TYPE_CHECKING:
+    import jax
+
+Buffer = TypeVar("Buffer", np.ndarray, "jax.Array")
 
 FROM_DEVICE = -1
 """Stands for a token that the last step sampled and the host has not read: the device has it."""
@@ -52,7 +57,7 @@ class StepLayout(NamedTuple):
     def size(self) -> int:
         return sum(self.sizes.values())
 
-    def fields(self, packed):  # type: ignore[no-untyped-def]
+    def fields(self, packed: Buffer) -> dict[str, Buffer]:
         """Views of the buffer by name, on the host or in a traced function."""
         views, at = {}, 0
         for name, size in self.sizes.items():
@@ -67,22 +72,23 @@ class StepLayout(NamedTuple):
         views["slots"][:] = dummy_slot
         views["update_slot"][:] = dummy_slot
         tokens: list[int] = []
-        updates: list[tuple[int, int, int]] = []
-        rows = []
-        for chunk in chunks:
-            request, start, length, new_blocks, samples = chunk
-            rows.append((request.slot, start, length, samples))
+        rows: list[tuple[int | None, int, int, bool]] = []
+        updates: list[tuple[int | None, int, int]] = []
+        for request, start, length, new_blocks, samples in chunks:
             tokens += request.tokens(start, length) or [FROM_DEVICE]
+            rows.append((request.slot, start, length, samples))
             first = len(request.blocks) - len(new_blocks)
-            updates += [(request.slot, first + i, block) for i, block in enumerate(new_blocks)]  # type: ignore[misc]
-        count = len(rows)
+            updates += [(request.slot, i, block) for i, block in enumerate(new_blocks, first)]
         views["tokens"][: len(tokens)] = tokens
-        for name, column in zip(("slots", "starts", "q_lens", "samples"), zip(*rows, strict=True), strict=True):
-            views[name][:count] = column
-        if updates:
-            for name, column in zip(("slot", "index", "block"), zip(*updates, strict=True), strict=True):
-                views[f"update_{name}"][: len(updates)] = column
+        _fill(views, ("slots", "starts", "q_lens", "samples"), rows)
+        _fill(views, ("update_slot", "update_index", "update_block"), updates)
         return packed
+
+
+def _fill(views: dict[str, np.ndarray], names: tuple[str, ...], rows: list[Any]) -> None:
+    """Write rows, a value for each name, from the views' beginning."""
+    for name, column in zip(names, np.array(rows, np.int32).reshape(-1, len(names)).T, strict=True):
+        views[name][: len(column)] = column
 
 
 class AdmitLayout:
@@ -97,6 +103,6 @@ class AdmitLayout:
         packed[0] = slot
         packed[1:3] = np.array([seed & 2**64 - 1], np.uint64).view(np.int32)
         packed[3] = spec.sample_index
-        packed[4] = max(spec.top_k, 0)
+        packed[4] = min(max(spec.top_k, 0), 2**31 - 1)
         packed[5:8].view(np.float32)[:] = spec.temperature, spec.top_p, spec.min_p
         return packed

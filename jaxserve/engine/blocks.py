@@ -1,4 +1,4 @@
-"""The pool of KV blocks: reference counts and a free list. It hands out numbers; the device holds the data."""
+"""The pool of KV blocks: reference counts and a free list of numbers; the device holds the data."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ DUMMY = 0
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, the dummy included. Freed blocks are reused oldest first."""
+    """`num_blocks` blocks of `block_size` tokens, the dummy included; the first freed is reused first."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks = num_blocks

@@ -41,14 +41,10 @@ class Request:
         return self.known + self.inflight
 
     @property
-    def complete(self) -> bool:
-        """Whether every token it may generate has been dispatched."""
-        return len(self.output) + self.inflight >= self.spec.max_tokens
-
-    @property
     def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled; 0 when it needs no further step."""
-        return 0 if self.complete else self.length - self.computed
+        """Tokens to compute before the next one can be sampled; 0 when its last one has been dispatched."""
+        output = len(self.output) + self.inflight
+        return 0 if output >= self.spec.max_tokens else len(self.spec.prompt) + output - self.computed
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at these positions, which the host must know."""

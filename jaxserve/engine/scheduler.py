@@ -6,6 +6,7 @@ known, so a request's length counts tokens in flight. When the pool is full the 
 preempted and recomputed later; the oldest never is, so every request finishes.
 """
 
+from bisect import insort
 from collections import deque
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class Limits(NamedTuple):
 
     seqs: int
     tokens: int
+    """At least `seqs`, so that every running request moves in every step."""
 
 
 class Chunk(NamedTuple):
@@ -45,6 +47,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, max_num_seqs: int):
         self.pool = pool
         self.waiting: deque[Request] = deque()
+        """In order of arrival, and all of them newer than those that run."""
         self.running: list[Request] = []
         """In order of arrival."""
         self.preemptions = 0
@@ -53,15 +56,17 @@ class Scheduler:
         self._arrivals = 0
 
     def add(self, spec: CoreRequest) -> Request:
-        """Queue a new sequence. Raises ValueError for a duplicate id or one the empty pool cannot hold."""
+        """Queue a new sequence. Raises ValueError for a duplicate id, nothing to do, or one the empty pool
+        cannot hold."""
         if spec.id in self._requests:
             raise ValueError(f"request {spec.id!r} exists already")
-        tokens = len(spec.prompt) + spec.max_tokens
+        if not spec.prompt or spec.max_tokens < 1:
+            raise ValueError("a request needs a prompt of at least one token and one token to generate")
         # the last token is never fed back, so its key and value need no place
-        if not spec.prompt or self.pool.blocks_for(tokens - 1) > self.pool.capacity:
+        if self.pool.blocks_for(len(spec.prompt) + spec.max_tokens - 1) > self.pool.capacity:
             raise ValueError(
-                f"a prompt of {len(spec.prompt)} tokens and {spec.max_tokens} to generate do not fit the pool's "
-                f"{self.pool.capacity} blocks of {self.pool.block_size} tokens"
+                f"a prompt of {len(spec.prompt)} tokens and {spec.max_tokens} to generate do not fit "
+                f"the pool's {self.pool.capacity} blocks of {self.pool.block_size} tokens"
             )
         request = Request(spec, self._arrivals)
         self._arrivals += 1
@@ -79,18 +84,16 @@ class Scheduler:
 
     def schedule(self, limits: Limits) -> Schedule:
         """Plan the next step and count it as dispatched. No chunks: nothing can run now."""
-        chunks: dict[str, Chunk] = {}
-        budget = limits.tokens
-        for request in sorted(self.running, key=lambda r: (r.pending > 1, r.arrival)):
-            length = min(request.pending, budget)
-            if length > 0 and request.slot is not None and self._make_room(request, length, chunks):
-                chunks[request.id] = self._chunk(request, length)
-                budget -= length
-        admitted = self._admit(limits, budget, chunks)
-        for chunk in chunks.values():
+        lengths, budget = self._divide(limits.tokens)
+        budget += self._make_room(lengths)
+        chunks = [self._chunk(request, length) for request, length in lengths.items()]
+        admitted = self._admit(limits.seqs, budget)
+        chunks += admitted
+        for chunk in chunks:
             chunk.request.computed += chunk.length
             chunk.request.inflight += chunk.samples
-        return Schedule(sorted(chunks.values(), key=lambda c: c.length > 1), admitted)
+        chunks.sort(key=lambda chunk: chunk.length > 1)
+        return Schedule(chunks, [chunk.request for chunk in admitted])
 
     def append(self, request: Request, token: int) -> FinishReason | None:
         """Take a token that a step sampled for the request; the reason if it is the last one."""
@@ -124,52 +127,68 @@ class Scheduler:
         request.computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        # keep the queue in order of arrival
-        ahead = 0
-        while ahead < len(self.waiting) and self.waiting[ahead].arrival < request.arrival:
-            ahead += 1
-        self.waiting.insert(ahead, request)
+        insort(self.waiting, request, key=lambda r: r.arrival)
 
-    def _admit(self, limits: Limits, budget: int, chunks: dict[str, Chunk]) -> list[Request]:
-        admitted: list[Request] = []
+    def _divide(self, budget: int) -> tuple[dict[Request, int], int]:
+        """How many tokens each running request gets, decodes first, and what is left of the budget."""
+        lengths = {}
+        pending = [(request, request.pending) for request in self.running]
+        for request, wanted in sorted(pending, key=lambda item: item[1] > 1):
+            if length := min(wanted, budget):
+                lengths[request] = length
+                budget -= length
+        return lengths, budget
+
+    def _make_room(self, lengths: dict[Request, int]) -> int:
+        """Preempt the newest requests until the others' tokens fit the pool; the tokens they had got.
+
+        The oldest is never among them: alone it always fits.
+        """
+        needed = sum(self._new_blocks(request, length) for request, length in lengths.items())
+        given_back = 0
+        while needed > self.pool.free:
+            victim = self.running[-1]
+            if length := lengths.pop(victim, 0):
+                needed -= self._new_blocks(victim, length)
+                given_back += length
+            self.preempt(victim)
+        return given_back
+
+    def _admit(self, seqs: int, budget: int) -> list[Chunk]:
+        """First chunks of waiting requests, as many as slots, budget and the pool have room for."""
+        admitted: list[Chunk] = []
+        if not self.waiting:
+            return admitted
+        # what prompts under way still need is not for newcomers
         promised = sum(self._missing(request) for request in self.running)
-        while self.waiting and budget > 0 and self._slots and len(self.running) < limits.seqs:
+        while self.waiting and budget > 0 and self._slots and len(self.running) < seqs:
             request = self.waiting[0]
+            # a preempted request needs the token that is still in flight
             if request.inflight or self.pool.blocks_for(request.length) > self.pool.free - promised:
                 break
             self.waiting.popleft()
             self.running.append(request)
-            self.running.sort(key=lambda r: r.arrival)
             request.slot = self._slots.popleft()
-            admitted.append(request)
-            length = min(request.pending, budget)
-            chunks[request.id] = self._chunk(request, length)
+            admitted.append(self._chunk(request, min(request.pending, budget)))
             promised += self._missing(request)
-            budget -= length
+            budget -= admitted[-1].length
         return admitted
 
     def _missing(self, request: Request) -> int:
         """Blocks that the request's tokens so far still need."""
-        return max(0, self.pool.blocks_for(request.length) - len(request.blocks))
+        return self._new_blocks(request, request.pending)
+
+    def _new_blocks(self, request: Request, length: int) -> int:
+        """Blocks that the request's next `length` tokens need beyond those it has."""
+        return max(0, self.pool.blocks_for(request.computed + length) - len(request.blocks))
 
     def _chunk(self, request: Request, length: int) -> Chunk:
         """The request's next `length` tokens, with blocks that are known to be free."""
         start = request.computed
-        new = self.pool.allocate(max(0, self.pool.blocks_for(start + length) - len(request.blocks)))
+        new = self.pool.allocate(self._new_blocks(request, length))
         assert new is not None
         request.blocks += new
         return Chunk(request, start, length, new, start + length == request.length)
-
-    def _make_room(self, request: Request, length: int, chunks: dict[str, Chunk]) -> bool:
-        """Preempt the newest requests until `length` more tokens fit; False if that was `request` itself."""
-        needed = self.pool.blocks_for(request.computed + length) - len(request.blocks)
-        while needed > self.pool.free:
-            victim = self.running[-1]
-            chunks.pop(victim.id, None)
-            self.preempt(victim)
-            if victim is request:
-                return False
-        return True
 
     def _vacate(self, request: Request) -> None:
         self.pool.release(request.blocks)
