@@ -51,14 +51,10 @@ def decode(stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def write(pool: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMeta) -> jax.Array:
     """The pool with k and v `[N, kv_heads, head_dim]` at each row's position, in place when donated."""
-    num_blocks, _, heads, size, dim = pool.shape
+    _, _, heads, size, _ = pool.shape
     pos = jnp.maximum(meta.row_pos, 0)
-    block = meta.block_tables[meta.row_seq, pos // size]
-    block = jnp.where(meta.row_pos < 0, 0, block)
-    # one flat row index over (block, k or v, head, slot): a scatter whose window is one head's row
-    plane = block[:, None] * (2 * heads) + jnp.arange(2 * heads, dtype=jnp.int32)
-    rows = plane * size + (pos % size)[:, None]
-    new = encode(jnp.concatenate([k, v], axis=1), pool)
-    flat = pool.reshape(num_blocks * 2 * heads * size, dim)
-    flat = flat.at[rows].set(new, mode="promise_in_bounds")
-    return flat.reshape(pool.shape)
+    block = jnp.where(meta.row_pos < 0, 0, meta.block_tables[meta.row_seq, pos // size])
+    # indexed as it is: reshaped to one axis and back, a pool of one head would be copied (XLA puts an
+    # axis of size one first in the layout it gives to the reshape)
+    at = block[:, None, None], jnp.arange(2)[:, None], jnp.arange(heads), (pos % size)[:, None, None]
+    return pool.at[at].set(encode(jnp.stack([k, v], axis=1), pool), mode="promise_in_bounds")
