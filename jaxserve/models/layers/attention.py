@@ -1,6 +1,5 @@
 """Multi-head attention with grouped KV heads, and how heads are laid out over a mesh."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.layers.linear import Linear
+from jaxserve.models.layers.param import padded
 from jaxserve.models.layers.rope import Rotation, rotate
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -21,7 +21,8 @@ EMPTY = -1
 class HeadLayout(NamedTuple):
     """Which of a model's heads stands at each place of a `[kv_heads, group]` grid that shards evenly.
 
-    Heads are padded with zero weights, or KV heads repeated, until the mesh divides them.
+    KV heads are padded with zero weights until the mesh divides them; where that leaves room for copies
+    of all of them, each copy serves a part of its query heads.
     """
 
     kv: np.ndarray
@@ -31,15 +32,10 @@ class HeadLayout(NamedTuple):
 
     @classmethod
     def over(cls, shards: int, heads: int, kv_heads: int) -> "HeadLayout":
-        """The layout for `shards` devices that costs least memory and work."""
-        group = heads // kv_heads
-        repeat = 1 if kv_heads >= shards else math.ceil(shards / kv_heads)
-        options = []
-        for times in sorted({1, repeat}):
-            places = math.ceil(kv_heads * times / shards) * shards
-            width = math.ceil(group / times)
-            options.append((places * (width + 2), times, places, width))
-        _, times, places, width = min(options)
+        """The layout for `shards` devices with the smallest pool, and in it the fewest places for heads."""
+        group, places = heads // kv_heads, padded(kv_heads, shards)
+        times = min(places // kv_heads, group)
+        width = -(-group // times)
         kv = np.full(places, EMPTY)
         q = np.full((places, width), EMPTY)
         for head in range(kv_heads):
