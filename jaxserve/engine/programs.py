@@ -4,6 +4,7 @@ It serves as soon as one program of each kind is ready and rounds up to those wh
 the rest, so nothing is ever compiled on a request's path: a step calls an executable or does not run.
 """
 
+import atexit
 import logging
 import threading
 from collections.abc import Iterator
@@ -80,8 +81,12 @@ class Programs:
         while not self._forward or not self._sample:
             next(self._todo)()
         self._thread.start()
+        # a thread that is inside the compiler when Python exits would abort the process
+        atexit.register(self.close)
 
     def close(self) -> None:
+        """Stop compiling; waits for the program under way."""
+        atexit.unregister(self.close)
         self._closed.set()
         self._thread.join()
 
