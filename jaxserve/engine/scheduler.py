@@ -85,7 +85,7 @@ class Scheduler:
     def schedule(self, limits: Limits) -> Schedule:
         """Plan the next step and count it as dispatched. No chunks: nothing can run now."""
         lengths, budget = self._divide(limits.tokens)
-        budget += self._make_room(lengths)
+        self._make_room(lengths)
         chunks = [self._chunk(request, length) for request, length in lengths.items()]
         admitted = self._admit(limits.seqs, budget)
         chunks += admitted
@@ -139,44 +139,31 @@ class Scheduler:
                 budget -= length
         return lengths, budget
 
-    def _make_room(self, lengths: dict[Request, int]) -> int:
-        """Preempt the newest requests until the others' tokens fit the pool; the tokens they had got.
-
-        The oldest is never among them: alone it always fits.
-        """
+    def _make_room(self, lengths: dict[Request, int]) -> None:
+        """Preempt the newest requests until the others' tokens fit the pool. Alone, the oldest fits."""
         needed = sum(self._new_blocks(request, length) for request, length in lengths.items())
-        given_back = 0
         while needed > self.pool.free:
             victim = self.running[-1]
-            if length := lengths.pop(victim, 0):
-                needed -= self._new_blocks(victim, length)
-                given_back += length
+            needed -= self._new_blocks(victim, lengths.pop(victim, 0))
             self.preempt(victim)
-        return given_back
 
     def _admit(self, seqs: int, budget: int) -> list[Chunk]:
-        """First chunks of waiting requests, as many as slots, budget and the pool have room for."""
+        """First chunks of waiting requests, as many as slots, budget and the pool have room for.
+
+        A budget that is left means that the prompts under way have all their blocks.
+        """
         admitted: list[Chunk] = []
-        if not self.waiting:
-            return admitted
-        # what prompts under way still need is not for newcomers
-        promised = sum(self._missing(request) for request in self.running)
         while self.waiting and budget > 0 and self._slots and len(self.running) < seqs:
             request = self.waiting[0]
-            # a preempted request needs the token that is still in flight
-            if request.inflight or self.pool.blocks_for(request.length) > self.pool.free - promised:
+            # a preempted request needs its token that is still in flight
+            if request.inflight or self.pool.blocks_for(request.length) > self.pool.free:
                 break
             self.waiting.popleft()
             self.running.append(request)
             request.slot = self._slots.popleft()
             admitted.append(self._chunk(request, min(request.pending, budget)))
-            promised += self._missing(request)
             budget -= admitted[-1].length
         return admitted
-
-    def _missing(self, request: Request) -> int:
-        """Blocks that the request's tokens so far still need."""
-        return self._new_blocks(request, request.pending)
 
     def _new_blocks(self, request: Request, length: int) -> int:
         """Blocks that the request's next `length` tokens need beyond those it has."""
