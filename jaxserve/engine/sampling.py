@@ -17,6 +17,9 @@ Variant = Literal["greedy", "random", "full"]
 """What a sample program can do: greedy rows only; any row; any row and logprobs."""
 
 LANES = 128
+SMALLEST_TEMPERATURE = 1e-30
+"""Smaller ones, which float32 may flush to zero, draw the same tokens."""
+Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class RowParams(NamedTuple):
@@ -64,35 +67,45 @@ def argmax(logits: jax.Array) -> jax.Array:
 def uniform(seed: jax.Array, sample_index: jax.Array, positions: jax.Array) -> jax.Array:
     """float32 [R] in [0, 1), a function of each row's seed, sample index and position alone."""
 
-    def one(words, index, position):
+    def one(words: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.key(0, impl="threefry2x32")
         for word in (words[0], words[1], index, position):
             key = jax.random.fold_in(key, word)
         return jax.random.uniform(key)
 
-    return jax.vmap(one)(seed, sample_index, positions)
+    drawn: jax.Array = jax.vmap(one)(seed, sample_index, positions)
+    return drawn
 
 
 def _draw(logits: jax.Array, params: RowParams, u: jax.Array) -> jax.Array:
     """int32 [R]: a token of each row's filtered distribution, at quantile u."""
-    temperature = jnp.where(params.temperature > 0.0, params.temperature, 1.0)[:, None]
-    scaled = logits / temperature
-    top = scaled.max(axis=1, keepdims=True)
-    floor = top + jnp.log(jnp.maximum(params.min_p, 0.0))[:, None]
-    vocab = scaled.shape[1]
-    top_k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+    return _quantile(filtered(logits, params), u)
 
-    def keep_top_k(floor):
-        ones = jnp.where(scaled >= floor, 1.0, 0.0)
-        return jnp.maximum(floor, _threshold(scaled, ones, top_k.astype(jnp.float32)))
 
-    def keep_top_p(floor):
-        mass = jnp.where(scaled >= floor, jnp.exp(scaled - top), 0.0)
-        return jnp.maximum(floor, _threshold(scaled, mass, params.top_p * mass.sum(axis=1)))
+def filtered(logits: jax.Array, params: RowParams) -> jax.Array:
+    """float32 [R, vocab]: relative probabilities after temperature and filters; the largest is 1."""
+    drawn = params.temperature > 0.0
+    temperature = jnp.where(drawn, jnp.maximum(params.temperature, SMALLEST_TEMPERATURE), 1.0)[:, None]
+    top = logits.max(axis=1, keepdims=True)
+    # the largest becomes 0 first, so that no temperature overflows
+    weights = jnp.exp((logits - top) / temperature)
+    vocab = logits.shape[1]
+    top_k = jnp.where(drawn & (params.top_k > 0), jnp.minimum(params.top_k, vocab), vocab)
+    top_p = jnp.where(drawn, params.top_p, 1.0)
 
+    def keep_top_k(floor: jax.Array) -> jax.Array:
+        return jnp.maximum(floor, _threshold(logits, jnp.ones_like(logits), top_k.astype(jnp.float32)))
+
+    def keep_top_p(floor: jax.Array) -> jax.Array:
+        kept = jnp.where(logits >= floor, weights, 0.0)
+        threshold = _threshold(logits, kept, top_p * kept.sum(axis=1))
+        # a row without top_p keeps its tail, which rounding could cut off, whoever shares the batch
+        return jnp.where(top_p[:, None] < 1.0, jnp.maximum(floor, threshold), floor)
+
+    floor = top + temperature * jnp.log(params.min_p)[:, None]
     floor = lax.cond(jnp.any(top_k < vocab), keep_top_k, lambda x: x, floor)
-    floor = lax.cond(jnp.any(params.top_p < 1.0), keep_top_p, lambda x: x, floor)
-    return _quantile(jnp.where(scaled >= floor, jnp.exp(scaled - top), 0.0), u)
+    floor = lax.cond(jnp.any(top_p < 1.0), keep_top_p, lambda x: x, floor)
+    return jnp.where(logits >= floor, weights, 0.0)
 
 
 def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -101,15 +114,15 @@ def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array
     Bisection over the floats in their order (at most 32 turns), until at most one value is left.
     """
 
-    def above(key):
+    def above(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         at = x >= _from_key(key)[:, None]
         return jnp.where(at, weights, 0.0).sum(axis=1), at.sum(axis=1)
 
-    def open_rows(state):
+    def open_rows(state: Search) -> jax.Array:
         low, high, low_count, high_count = state
         return jnp.any((low_count - high_count > 1) & (_middle(low, high) > low))
 
-    def halve(state):
+    def halve(state: Search) -> Search:
         low, high, low_count, high_count = state
         middle = _middle(low, high)
         mass, count = above(middle)
@@ -146,16 +159,24 @@ def _quantile(weights: jax.Array, u: jax.Array) -> jax.Array:
     """int32 [R]: the first index at which the running sum of weights [R, V] exceeds u of the total."""
     rows, vocab = weights.shape
     lanes = jnp.pad(weights, ((0, 0), (0, -vocab % LANES))).reshape(rows, -1, LANES)
-    sums = jnp.cumsum(lanes.sum(axis=2), axis=1)
+    totals = lanes.sum(axis=2)
+    sums = jnp.cumsum(totals, axis=1)
     goal = u * sums[:, -1]
-    # rounding may put the goal at the very end: stay on a lane that has weight
-    lane = jnp.argmax((sums > goal[:, None]) | (sums == sums[:, -1:]), axis=1)
-    before = jnp.where(lane > 0, jnp.take_along_axis(sums, lane[:, None] - 1, 1, mode="clip")[:, 0], 0.0)
-    chosen = jnp.take_along_axis(lanes, lane[:, None, None], 1)[:, 0]
-    within = jnp.cumsum(chosen, axis=1)
-    rest = goal - before
-    index = jnp.argmax((chosen > 0.0) & ((within > rest[:, None]) | (within == within[:, -1:])), axis=1)
-    return (lane * LANES + index).astype(jnp.int32)
+    lane = _first_above(totals, sums, goal)[:, None]
+    before = jnp.take_along_axis(sums - totals, lane, 1)[:, 0]
+    chosen = jnp.take_along_axis(lanes, lane[:, :, None], 1)[:, 0]
+    index = _first_above(chosen, jnp.cumsum(chosen, axis=1), goal - before)
+    return lane[:, 0] * LANES + index
+
+
+def _first_above(weights: jax.Array, sums: jax.Array, goal: jax.Array) -> jax.Array:
+    """int32 [R]: the first index whose running sum exceeds goal, else the last; only of those with weight.
+
+    Rounding may leave no sum above the goal, and running sums that are made in parallel need not even rise.
+    """
+    index = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    last = jnp.max(jnp.where(weights > 0.0, index, 0), axis=1, keepdims=True)
+    return jnp.min(jnp.where((weights > 0.0) & (sums > goal[:, None]), index, last), axis=1)
 
 
 def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Slots(NamedTuple):
     def shapes(cls, count: int, width: int) -> "Slots":
         """The abstract state of `count` slots with tables of `width` blocks."""
 
-        def of(dtype: type, *more: int) -> jax.ShapeDtypeStruct:
+        def of(dtype: type, *more: int) -> Any:
             return jax.ShapeDtypeStruct((count + 1, *more), dtype)
 
         f32, i32 = jnp.float32, jnp.int32
@@ -88,9 +88,7 @@ def forward(
     return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)
 
 
-def sample(
-    variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array
-) -> tuple[Slots, Sampled]:
+def sample(variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array) -> tuple[Slots, Sampled]:
     """Choose each row's token and remember it in the row's slot."""
     target, position = targets[:, 0], targets[:, 1]
     params = RowParams(*(value[target] for value in slots.params))
