@@ -42,7 +42,7 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     rows, heads, _ = q.shape
     seqs, width = meta.block_tables.shape
     group = heads // pool.shape[2]
-    singles = min(rows, seqs)
+    singles = min(rows, seqs)  # a batch with sequences of several rows has more rows than sequences
     # the type of both products: 16 bits only where both q and the pool's numbers have it
     dtype = jnp.promote_types(q.dtype, q.dtype if pool.dtype == jnp.uint16 else pool.dtype)
     attend = partial(
@@ -86,10 +86,10 @@ def _attend(
 ):
     """out [N, heads, dim] of q's type in the rows that the tiles hold; undefined in others."""
     n, heads, dim = q.shape
-    kv_heads, block_size = pool.shape[2:4]
+    kv_heads = pool.shape[2]
     kernel = partial(
-        _kernel, rows=rows, group=heads // kv_heads, block_m=v.block_m, tile=v.tile, splits=splits, dtype=dtype,
-        scale=scale, masking=masking, has_sinks=sinks is not None, has_alibi=alibi is not None,
+        _kernel, rows=rows, group=heads // kv_heads, block_m=v.block_m, tile=v.tile, splits=splits,
+        dtype=dtype, scale=scale, masking=masking, has_sinks=sinks is not None, has_alibi=alibi is not None,
     )  # fmt: skip
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
@@ -103,7 +103,7 @@ def _attend(
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=v.num_warps, num_stages=v.num_stages),
         interpret=interpret,
-        name=f"paged_attention_m{v.block_m}_t{v.tile}_s{splits}",
+        name=f"paged_attention_q{rows}_m{v.block_m}_t{v.tile}_s{splits}",
     )(*tiles, meta.starts, meta.q_lens, meta.q_rows, meta.block_tables, q, pool, *per_head)
     return outs[0] if splits == 1 else _merge(*outs).astype(q.dtype)
 

@@ -14,6 +14,7 @@ class AttentionMeta(NamedTuple):
 
     Sequences with a single query row come first, and sequence i of them sits at row i; rows of the
     others follow, each sequence's rows side by side. A sequence with `q_lens` 0 is padding.
+    Only a batch of more rows than sequences (N > S) has sequences of several rows.
     """
 
     block_tables: jax.Array

@@ -35,7 +35,8 @@ dnn_version_info { major: 9 minor: 10 }
 gpu_device_info {
   name: "NVIDIA H200"  device_vendor: "NVIDIA Corporation"  platform_version: "Compute Capability 9.0a"
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
+  driver_version: "13.0.0"  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
   core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  threads_per_warp: 32
   threads_per_block_limit: 1024  threads_per_core_limit: 2048
   thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
