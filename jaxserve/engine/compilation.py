@@ -48,7 +48,7 @@ def enable_cache() -> None:
             jax.monitoring.register_event_listener(_on_event)
             jax.monitoring.register_event_duration_secs_listener(_on_duration)
             _listening = True
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -72,7 +72,7 @@ def _on_event(event: str, **_: object) -> None:
             _counts[_EVENTS[event]] += 1
 
 
-def _on_duration(event: str, _seconds: float, **_: object) -> None:
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration" and getattr(_here, "serving", False):
         with _lock:
             _counts["on_request_path"] += 1

@@ -170,7 +170,7 @@ class EngineCore:
         self.steps += 1
         if flight.sampled is None:
             return []
-        host = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
+        host: Sampled = jax.tree.map(np.asarray, flight.sampled)
         tokens = host.tokens.tolist()
         outputs = []
         for row, (request, _, _, _, samples) in enumerate(flight.chunks):
@@ -242,7 +242,9 @@ def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device) -> Sha
     # logits and their copies in float32, and a few activations per token
     reserve = 4 * (4 * min(seqs, tokens) * vocab + 8 * tokens * model.config.intermediate_size)
     count = pool_blocks(config, device, block, layers, seqs * width, reserve)
-    return Shapes(seqs, tokens, width, vocab, layers, block._replace(num_blocks=count, kv_heads=model.kv_heads))
+    return Shapes(
+        seqs, tokens, width, vocab, layers, block._replace(num_blocks=count, kv_heads=model.kv_heads)
+    )
 
 
 def _hello(config: EngineConfig, model: LoadedModel, shapes: Shapes) -> Hello:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxserve.aliases import translate
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, parse_mesh
@@ -55,7 +55,8 @@ class Engine:
         One prompt or a list; one SamplingParams or one per prompt. Raises InvalidRequest, before anything
         runs, for a prompt or parameter that cannot be served.
         """
-        many = [prompts] if isinstance(prompts, str | dict) or is_token_ids(prompts) else list(prompts)
+        one = isinstance(prompts, str | dict) or is_token_ids(prompts)
+        many = cast(list[Prompt], [prompts] if one else list(prompts))
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(many)
         if len(params) != len(many):
@@ -155,7 +156,9 @@ class Engine:
 
         done: dict[str, RequestOutput] = {}
         # a bar only for work that takes a moment, and only for a person
-        with tqdm(total=len(wanted), unit="request", delay=1.0, disable=None if use_progress else True) as bar:
+        with tqdm(
+            total=len(wanted), unit="request", delay=1.0, disable=None if use_progress else True
+        ) as bar:
             while len(done) < len(wanted):
                 for output in self.step():
                     if output.request_id in wanted and output.finished:

@@ -1,6 +1,6 @@
 """A model on its devices: weights placed on a mesh, and its forward pass as pure functions of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ class LoadedModel:
 
     def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any, attention: Implementation):
         """Builds the model abstractly; `load` or `fill` brings the weights."""
-        cls = model_class(config)
+        cls: Any = model_class(config)
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)
@@ -89,7 +89,9 @@ class LoadedModel:
         self, meta: AttentionMeta, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Attention with each device on its own heads: a pool that is never gathered."""
-        op = partial(paged_attention, implementation=self._attention, **options)
+        op: Callable[..., tuple[jax.Array, jax.Array]] = partial(
+            paged_attention, implementation=self._attention, **options
+        )
         if self.mesh.size == 1:
             return op(q, k, v, pool, meta)
         specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, POOL_SPEC, PartitionSpec())
@@ -107,4 +109,5 @@ class LoadedModel:
         short = [(0, want - have) for want, have in zip(leaf.shape, value.shape, strict=True)]
         if any(after for _, after in short):
             value = np.pad(value, short)
-        return jax.device_put(value.astype(leaf.dtype, copy=False), self._sharding(path))
+        placed: jax.Array = jax.device_put(value.astype(leaf.dtype, copy=False), self._sharding(path))
+        return placed

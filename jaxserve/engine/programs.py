@@ -65,7 +65,8 @@ class Programs:
         self.error: Exception | None = None
         self._functions = model.functions()
         self._mesh = model.mesh
-        self._weights = [self._abstract(w, w.sharding.spec) for w in model.weights]
+        weights: list[Any] = model.weights
+        self._weights = [self._abstract(w, w.sharding.spec) for w in weights]
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
