@@ -1,6 +1,6 @@
 """admit, forward and sample over a model small enough to follow by hand: token t is followed by t + 1."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,15 @@ MODEL = Model(hidden, lambda weights, x: x)
 WEIGHTS = [jnp.roll(jnp.eye(VOCAB), 1, axis=1)]
 
 
+@cache
+def compiled(bucket: Bucket):
+    return jax.jit(partial(forward, MODEL, StepLayout(bucket, BLOCK)), donate_argnums=(1, 2))
+
+
+admit_jit = jax.jit(admit, donate_argnums=0)
+sample_jit = jax.jit(partial(sample, "random"), donate_argnums=0)
+
+
 class Device:
     def __init__(self):
         shapes = Slots.shapes(SLOTS, WIDTH)
@@ -35,19 +44,17 @@ class Device:
 
     def admit(self, slot: int, seed: int = 0, **options) -> None:
         spec = CoreRequest(id="a", prompt=[1], max_tokens=1, **options)
-        self.slots = jax.jit(admit, donate_argnums=0)(self.slots, AdmitLayout.pack(slot, spec, seed))
+        self.slots = admit_jit(self.slots, AdmitLayout.pack(slot, spec, seed))
 
     def run(self, bucket: Bucket, chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """(sampled tokens, targets) of a step."""
-        layout = StepLayout(bucket, BLOCK)
-        step = jax.jit(partial(forward, MODEL, layout), donate_argnums=(1, 2))
-        _, self.slots, logits, targets = step(WEIGHTS, [], self.slots, layout.pack(chunks, SLOTS))
+        packed = StepLayout(bucket, BLOCK).pack(chunks, SLOTS)
+        _, self.slots, logits, targets = compiled(bucket)(WEIGHTS, [], self.slots, packed)
         assert logits.shape == (bucket.seqs, VOCAB) and targets.shape == (bucket.seqs, 2)
-        self.slots, sampled = jax.jit(partial(sample, "random"), donate_argnums=0)(
-            self.slots, logits, targets
-        )
+        targets = np.asarray(targets)
+        self.slots, sampled = sample_jit(self.slots, logits, targets)
         jax.effects_barrier()
-        return np.asarray(sampled.tokens), np.asarray(targets)
+        return np.asarray(sampled.tokens), targets
 
 
 def request(slot: int, prompt: list[int], blocks: list[int]) -> Request:
@@ -150,7 +157,7 @@ def test_a_row_samples_with_the_parameters_of_its_slot():
         chunks = [Chunk(request(slot, [1], [slot + 1]), 0, 1, [slot + 1], True) for slot in slots]
         step = partial(forward, MODEL._replace(logits=flat), layout)
         _, state, logits, targets = jax.jit(step)(WEIGHTS, [], device.slots, layout.pack(chunks, SLOTS))
-        return sample("random", state, logits, targets)[1].tokens.tolist()
+        return sample_jit(state, logits, targets)[1].tokens.tolist()
 
     one = drawn([1, 3], {1: 11, 3: 34})
     # padding rows are greedy, and a request's token moves with it to any slot and row
