@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine.sampling import RowParams, _quantile, filtered, sample, uniform
+from jaxserve.engine.sampling import RowParams, _first_above, _quantile, filtered, sample, uniform
 from jaxserve.sampling_params import MAX_LOGPROBS
 
 OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "sample_index": 0}
@@ -244,3 +244,10 @@ def test_a_quantile_at_the_very_end_stays_among_the_kept():
     index = jax.jit(_quantile)(jnp.array(weights), u)
     assert index.tolist()[1:] == [3, 0] and weights[0, index[0]] > 0
     assert jax.jit(_quantile)(jnp.array(weights), jnp.ones(3))[1] == 3
+
+
+@pytest.mark.parametrize(("goal", "index"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.99, 3), (1.0, 3), (2.0, 3)])
+def test_running_sums_that_do_not_rise_choose_no_token_without_weight(goal, index):
+    weights = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0, 0.0]])
+    sums = jnp.array([[1e-7, 0.5, 0.5000001, 1.0, 1.0000001, 1.0]])
+    assert _first_above(weights, sums, jnp.array([goal])).tolist() == [index]
