@@ -1,5 +1,7 @@
 """The devices an engine runs on, and the defaults that suit them."""
 
+import contextlib
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +35,8 @@ CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
 GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
 TPU = Platform("tpu", 16, 256, 8192, 1, "xla", False)
 CPU_POOL_BYTES = 4 * 2**30
+CPU_DEVICES = "--xla_force_host_platform_device_count"
+"""The part of XLA_FLAGS that says how many virtual devices a CPU is."""
 
 
 def platform_of(device: jax.Device) -> Platform:
@@ -42,12 +46,15 @@ def platform_of(device: jax.Device) -> Platform:
 def make_mesh(config: EngineConfig, replica: int) -> Mesh:
     """The mesh of one replica. Raises ConfigError when there are too few devices."""
     shape = parse_mesh(config.mesh)
-    _make_cpu_devices(shape.tensor * shape.data)
+    count = shape.tensor * shape.data
+    _make_cpu_devices(count)
     devices = jax.devices()
-    if shape.tensor * shape.data > len(devices):
+    if count > len(devices):
+        kind = devices[0].platform
+        hint = f"; make the engine before jax is used, or set XLA_FLAGS={CPU_DEVICES}={count}"
         raise ConfigError(
-            f"mesh {config.mesh} needs {shape.tensor * shape.data} devices, this machine has "
-            f"{len(devices)} ({devices[0].platform})"
+            f"mesh {config.mesh} needs {count} devices, this machine has {len(devices)} ({kind})"
+            + (hint if kind == "cpu" else "")
         )
     mine = devices[replica * shape.tensor : (replica + 1) * shape.tensor]
     return jax.make_mesh((shape.tensor,), ("tensor",), axis_types=(AxisType.Auto,), devices=mine)
@@ -55,12 +62,11 @@ def make_mesh(config: EngineConfig, replica: int) -> Mesh:
 
 def _make_cpu_devices(count: int) -> None:
     """On a CPU a mesh is made of virtual devices; only possible before jax has started."""
-    if count > 1:
-        try:
-            if jax.config.jax_num_cpu_devices < count:
+    if count > 1 and CPU_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        # started already: make_mesh counts what there is
+        with contextlib.suppress(RuntimeError):
+            if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
                 jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            pass  # started already: make_mesh counts what there is
 
 
 def weight_type(name: str, checkpoint: Any, platform: Platform) -> Any:
@@ -90,8 +96,8 @@ def pool_blocks(
         room = int(limit * config.memory_fraction) - used - reserve
         if room < 2 * size:
             raise ConfigError(
-                f"no room for a KV pool: {limit} bytes x memory_fraction {config.memory_fraction} - {used} in use "
-                f"- {reserve} for steps leaves {room}, a block takes {size}"
+                f"no room for a KV pool: {limit} bytes x memory_fraction {config.memory_fraction} "
+                f"- {used} in use - {reserve} for steps leaves {room}, a block takes {size}"
             )
     count = min(room // size, most + 1)
     return count // GRID * GRID if GRID < count <= most else count

@@ -48,7 +48,7 @@ class LoadedModel:
     def bytes(self) -> int:
         """Size of the weights on one device."""
         return sum(
-            np.prod(self._sharding(path).shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
+            math.prod(self._sharding(path).shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for path, leaf in self._leaves.items()
         )
 
