@@ -20,7 +20,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "stream": True, "temperature": 0}
+QUESTION = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "stream": True,
+    "temperature": 0,
+}
 
 
 def main() -> None:

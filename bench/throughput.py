@@ -51,7 +51,8 @@ def compare(args: argparse.Namespace) -> None:
                 rates[peer].append(count * args.output / process.run(prompts, args.output))
         for peer, mine in rates.items():
             ratios = [a / b for a, b in zip(rates[args.peers[0]], mine, strict=True)]
-            print(f"| {count:9} | {peer:{width}} | {spread(mine, 1):22} | {spread(ratios, 2):22} |", flush=True)
+            row = f"| {count:9} | {peer:{width}} | {spread(mine, 1):22} | {spread(ratios, 2):22} |"
+            print(row, flush=True)
     for process in processes.values():
         process.close()
 

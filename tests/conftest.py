@@ -82,7 +82,8 @@ def write_llama(path: Path, seed: int, overrides: dict[str, Any]) -> None:
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], hidden)
     for i in range(c["num_hidden_layers"]):
-        attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+        attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        attention["o_proj"] = (hidden, q)
         mlp = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
         for part, table, biased in (("self_attn", attention, "attention_bias"), ("mlp", mlp, "mlp_bias")):
             for name, shape in table.items():

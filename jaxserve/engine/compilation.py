@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 
 from jaxserve.loading.hub import home
 
@@ -52,6 +53,16 @@ def enable_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compiler_options(platform: str, dtype: jnp.dtype) -> dict[str, str | bool]:
+    """Options of all programs of a model of this type.
+
+    float32 is asked for where exactness counts. On a CPU, XLA's fast products add up a whole row in one
+    running sum; without them logits come three times closer to float64 (docs/performance.md).
+    """
+    exact = platform == "cpu" and dtype == jnp.float32
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if exact else {}
 
 
 def cache_dir() -> Path:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
+from jaxserve.engine.compilation import compiler_options
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
@@ -65,6 +66,7 @@ class Programs:
         self.error: Exception | None = None
         self._functions = model.functions()
         self._mesh = model.mesh
+        self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
         weights: list[Any] = model.weights
         self._weights = [self._abstract(w, w.sharding.spec) for w in weights]
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
@@ -179,7 +181,8 @@ class Programs:
 
     def _compile(self, function: Any, *args: Any, donate: tuple[int, ...] = (0,), out: Any = None) -> Any:
         out = NamedSharding(self._mesh, PartitionSpec()) if out is None else out
-        return jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args).compile()
+        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args)
+        return lowered.compile(compiler_options=self._options)
 
     def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return self._abstract(jax.ShapeDtypeStruct(shape, dtype))

@@ -21,7 +21,6 @@ from jaxserve.models.layers.param import padded
 from jaxserve.models.layers.repeat import apply
 from jaxserve.models.layers.rope import Rope, Rotation
 
-
 Count = Annotated[int, msgspec.Meta(gt=0)]
 
 
@@ -31,6 +30,8 @@ class Shape(msgspec.Struct):
     hidden_size: Count
     num_attention_heads: Count
     max_position_embeddings: Count
+
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 class LlamaConfig(msgspec.Struct, frozen=True):
@@ -137,7 +138,7 @@ class Llama(nnx.Module):
             table["head.weight"] = Source.one("lm_head.weight", (c.vocab_size, c.hidden_size))
         for i in range(c.num_hidden_layers):
             ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-            for name, their in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+            for name, their in NORMS.items():
                 table[f"{ours}{name}.weight"] = Source.one(f"{theirs}{their}.weight", (c.hidden_size,))
             table |= _attention(c, heads, f"{ours}attention.", f"{theirs}self_attn.")
             table |= _mlp(c, shards, f"{ours}mlp.", f"{theirs}mlp.")

@@ -13,7 +13,7 @@ ARCHITECTURES = {
 
 
 def model_class(config: Mapping[str, Any]) -> type:
-    """The model class for a checkpoint's config (`architectures`). Raises ModelError naming what is supported."""
+    """The class for a checkpoint's config (`architectures`). Raises ModelError naming what is supported."""
     names = config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:

@@ -86,7 +86,7 @@ def test_200_requests_aborted_at_random_moments_leave_nothing(engine, alone):
 def test_stream_yields_what_generate_returns(engine, alone):
     deltas = list(engine.stream(prompts(40)[5], GREEDY))
     assert len(deltas) > 1
-    assert sum((delta.outputs[0].token_ids for delta in deltas), []) == alone[5][0]
+    assert [token for delta in deltas for token in delta.outputs[0].token_ids] == alone[5][0]
     assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
@@ -107,7 +107,8 @@ def test_n_sequences_differ_and_repeat_with_the_seed(engine):
 
 
 def test_sampling_mixes_with_greedy_and_logprobs(engine, alone):
-    sampled = SamplingParams(temperature=0.9, top_p=0.8, top_k=40, min_p=0.01, seed=1, max_tokens=24, logprobs=3)
+    filters = {"top_p": 0.8, "top_k": 40, "min_p": 0.01}
+    sampled = SamplingParams(temperature=0.9, **filters, seed=1, max_tokens=24, logprobs=3)
     outputs = engine.generate(prompts(6), [GREEDY, sampled] * 3)
     assert tokens(outputs)[::2] == alone[:6:2]
     for output in outputs[1::2]:
@@ -188,7 +189,8 @@ def test_llm_takes_the_fields_best_known_names(model_dir):
 def test_500_requests_from_the_first_moment_compile_nothing(make_llama):
     path = make_llama("fresh", seed=9)
     chance = random.Random(0)
-    with Engine(str(path), dtype="float32", max_num_seqs=8, max_num_batched_tokens=128, num_blocks=77) as engine:
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "num_blocks": 77}
+    with Engine(str(path), dtype="float32", **options) as engine:
         before = engine.stats()
         for _ in range(500):
             prompt = [chance.randrange(288) for _ in range(chance.randint(1, 150))]

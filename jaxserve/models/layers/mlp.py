@@ -9,8 +9,14 @@ from flax import nnx
 
 from jaxserve.models.layers.linear import Linear
 
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x). XLA makes sigmoid from tanh, which has no relative precision far below zero."""
+    return x / (1.0 + jnp.exp(-x))
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
+    "silu": silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,

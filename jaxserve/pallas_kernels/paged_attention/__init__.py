@@ -26,6 +26,9 @@ class Masking(NamedTuple):
     """cap * tanh(logit / cap); 0: none."""
 
 
+PLAIN = Masking()
+
+
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -34,7 +37,7 @@ def paged_attention(
     meta: AttentionMeta,
     *,
     scale: float,
-    masking: Masking = Masking(),
+    masking: Masking = PLAIN,
     sinks: jax.Array | None = None,
     alibi: jax.Array | None = None,
     implementation: Implementation = "xla",

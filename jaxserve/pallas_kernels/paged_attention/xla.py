@@ -105,7 +105,7 @@ def _attend(q, q_pos, tables, *, pool, number, masking, heads):
     rows see nothing); tables [S, W]; `number` is the type of the pool's numbers.
     """
     _, _, kv_heads, size, dim = pool.shape
-    seqs, width = tables.shape
+    width = tables.shape[1]
     pages = max(1, min(CHUNK // size, width))
     chunk = pages * size
     padded = jnp.pad(tables, ((0, 0), (0, -width % pages)))
@@ -122,8 +122,11 @@ def _attend(q, q_pos, tables, *, pool, number, masking, heads):
         blocks = lax.dynamic_slice_in_dim(padded, i * pages, pages, axis=1)
         k, v = gather(blocks, 0), gather(blocks, kv_heads)
         k_pos = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        # past a sequence's end lies what a block's last owner left: a weight of 0 would not stop its NaN
+        v = jnp.where((k_pos <= newest)[..., None], v, 0)
         return _absorb(state, q, k, v, q_pos, k_pos, masking, heads)
 
+    newest = q_pos.max(axis=1, keepdims=True)
     first = 0
     if masking.window:
         lowest = jnp.min(jnp.where(q_pos == MASKED, jnp.iinfo(jnp.int32).max, q_pos))

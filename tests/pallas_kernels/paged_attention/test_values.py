@@ -72,7 +72,7 @@ def test_random_batches(implementation, case, seed):
     check(implementation, make(case, seed), options=None if implementation == "xla" else QUICK_COMPILE)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "gpu"])
 def test_what_another_sequence_left_behind_is_not_read(implementation):
     """NaN in slots that hold none of a sequence's tokens stays there."""
     x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1))
