@@ -1,5 +1,6 @@
 """A model on its devices: weights placed on a mesh, and its forward pass as pure functions of them."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
