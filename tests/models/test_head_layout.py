@@ -1,4 +1,4 @@
-"""How heads are laid out over a mesh: nothing is lost, shards are even, and padding is no more than needed."""
+"""Heads over a mesh: none is lost, shards are even, and padding is no more than needed."""
 
 from itertools import product
 
