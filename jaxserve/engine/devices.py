@@ -35,6 +35,7 @@ CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
 GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
 TPU = Platform("tpu", 16, 256, 8192, 1, "xla", False)
 CPU_POOL_BYTES = 4 * 2**30
+"""For all virtual devices together: they share one memory."""
 CPU_DEVICES = "--xla_force_host_platform_device_count"
 """The part of XLA_FLAGS that says how many virtual devices a CPU is."""
 
@@ -48,6 +49,8 @@ def make_mesh(config: EngineConfig, replica: int) -> Mesh:
     shape = parse_mesh(config.mesh)
     count = shape.tensor * shape.data
     _make_cpu_devices(count)
+    # read when jax starts: the part of a GPU's memory that it takes
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.memory_fraction))
     devices = jax.devices()
     if count > len(devices):
         kind = devices[0].platform
@@ -89,14 +92,15 @@ def pool_blocks(
     if config.num_blocks is not None:
         return config.num_blocks
     size = block.block_bytes * layers
-    room = CPU_POOL_BYTES
+    shape = parse_mesh(config.mesh)
+    room = CPU_POOL_BYTES // (shape.tensor * shape.data)
     if device.platform != "cpu":
         memory = device.memory_stats()
         limit, used = memory["bytes_limit"], memory["bytes_in_use"]
-        room = int(limit * config.memory_fraction) - used - reserve
+        room = limit - used - reserve
         if room < 2 * size:
             raise ConfigError(
-                f"no room for a KV pool: {limit} bytes x memory_fraction {config.memory_fraction} "
+                f"no room for a KV pool: {limit} bytes (memory_fraction {config.memory_fraction}) "
                 f"- {used} in use - {reserve} for steps leaves {room}, a block takes {size}"
             )
     count = min(room // size, most + 1)

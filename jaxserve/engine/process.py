@@ -15,7 +15,7 @@ from functools import partial
 
 import msgspec
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.core_loop import Core, CoreLoop
 from jaxserve.engine.messages import FromCore, Status, ToCore
 from jaxserve.errors import JaxserveError
@@ -54,6 +54,17 @@ def run(sock: socket.socket, make_core: Callable[[], Core]) -> int:
     return 0
 
 
+def with_own_devices(config: EngineConfig, replica: int) -> EngineConfig:
+    """One replica's share of the mesh, the other replicas' GPUs hidden: jax takes memory on all it sees."""
+    shape = parse_mesh(config.mesh)
+    if shape.data == 1:
+        return config
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(shape.tensor * shape.data)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[replica * shape.tensor : (replica + 1) * shape.tensor])
+    return msgspec.structs.replace(config, mesh=f"{shape.tensor}x1", seed=config.seed + replica)
+
+
 def reason_of(error: Exception) -> str:
     """One line for a person: ours say enough, others need their kind."""
     return str(error) if isinstance(error, JaxserveError) else f"{type(error).__name__}: {error}"
@@ -82,7 +93,8 @@ def main(argv: list[str], factory: Callable[..., Core] | None = None) -> None:
         from jaxserve.engine.core import EngineCore
 
         factory = EngineCore
-    status = run(socket.socket(fileno=int(fd)), partial(factory, config, replica=int(replica)))
+    config = with_own_devices(config, int(replica))
+    status = run(socket.socket(fileno=int(fd)), partial(factory, config))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # without waiting for compilations that still run in background threads

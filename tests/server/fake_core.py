@@ -8,6 +8,7 @@ a file that loading waits for.
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
@@ -90,4 +91,4 @@ class FakeCore:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], factory=FakeCore)
+    main(sys.argv[1:], factory=partial(FakeCore, replica=sys.argv[2]))
