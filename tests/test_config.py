@@ -44,13 +44,25 @@ def test_build_names_what_is_wrong(options, said):
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("4", (4, 1)), ("4x2", (4, 2)), ("tensor=4,data=2", (4, 2)), ("data=2", (1, 2)), ("2X1", (2, 1))],
+    [
+        ("4", (4, 1)),
+        ("4x2", (4, 2)),
+        ("2X1", (2, 1)),
+        ("16 x 2", (16, 2)),
+        ("tensor=4,data=2", (4, 2)),
+        ("data=2, tensor=4", (4, 2)),
+        ("data=2", (1, 2)),
+    ],
 )
 def test_mesh(text, shape):
     assert parse_mesh(text) == MeshShape(*shape)
 
 
-@pytest.mark.parametrize("text", ["", "0x1", "4x", "1x2x3", "expert=2", "tensor=2,tensor=2", "-1"])
+SIZES = ["", "0x1", "1x0", "4x", "x4", "1x2x3", "4.0x1", "-1"]
+NAMES = ["tensor", "tensor=", "tensor=2,", "tensor=4x1", "data=0", "expert=2", "Tensor=2", "data=2,data=2"]
+
+
+@pytest.mark.parametrize("text", [*SIZES, *NAMES])
 def test_bad_mesh(text):
     with pytest.raises(ConfigError, match="mesh must look like"):
         parse_mesh(text)
