@@ -80,6 +80,13 @@ class Programs:
     def start(self) -> None:
         """Compile what serves any request, then the rest in the background."""
         self.admit = self._compile(admit, self._slots, self._array(AdmitLayout.size))
+        state = (self._kv, self._slots)
+        # held like the others: after a failed step the state is made anew, while requests wait
+        self._empty = self._compile(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
+            donate=(),
+            out=jax.tree.map(lambda x: x.sharding, state),
+        )
         self._todo = iter(self._plan())
         while not self._forward or not self._sample:
             next(self._todo)()
@@ -126,13 +133,7 @@ class Programs:
 
     def empty_state(self) -> tuple[list[jax.Array], Slots]:
         """A fresh pool and fresh slots on the devices."""
-
-        def zeros(like: Any) -> Any:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-        like = (self._kv, self._slots)
-        make = jax.jit(lambda: zeros(like), out_shardings=jax.tree.map(lambda x: x.sharding, like))
-        state: tuple[list[jax.Array], Slots] = make()
+        state: tuple[list[jax.Array], Slots] = self._empty()
         return state
 
     def _ready(self) -> list[Bucket]:

@@ -224,6 +224,7 @@ def test_a_failed_step_costs_only_its_own_requests(engine, alone, monkeypatch):
             raise RuntimeError("the device said no")
         return collect(flight)
 
+    compiles = engine.stats()["compiles_on_request_path"]
     running = [engine.add_request(p, GREEDY) for p in prompts(40)[:3]]
     queued = [engine.add_request(p, GREEDY) for p in prompts(40)[3:30]]
     monkeypatch.setattr(core, "_collect", failing)
@@ -233,6 +234,7 @@ def test_a_failed_step_costs_only_its_own_requests(engine, alone, monkeypatch):
     failed = [request for request in running + queued if done[request].error]
     assert running[0] in failed and len(failed) <= 16
     assert "the device said no" in done[running[0]].error
+    assert engine.stats()["compiles_on_request_path"] == compiles
     for i, request in enumerate(running + queued):
         if request not in failed:
             assert [done[request].outputs[0].token_ids] == alone[i]
