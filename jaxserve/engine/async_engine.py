@@ -183,7 +183,8 @@ class AsyncEngine:
         from jaxserve.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.config.tokenizer or self._path, self._chat_template)
-        return tokenizer, list(open_checkpoint(self._path).eos_token_ids)
+        tensors = self.config.load_format != "dummy"
+        return tokenizer, list(open_checkpoint(self._path, tensors).eos_token_ids)
 
     async def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         prompt = parse_prompt(prompt)

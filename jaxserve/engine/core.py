@@ -48,11 +48,12 @@ class EngineCore:
         mesh = make_mesh(config, replica)
         device = mesh.devices.flat[0]
         platform = platform_of(device)
-        checkpoint = open_checkpoint(resolve(config.model))
+        dummy = config.load_format == "dummy"
+        checkpoint = open_checkpoint(resolve(config.model), tensors=not dummy)
         dtype = weight_type(config.dtype, checkpoint.config, platform)
         attention = platform.attention if config.attention == "auto" else config.attention
         self.model = LoadedModel(checkpoint.config, mesh, dtype, attention)
-        if config.load_format == "dummy":
+        if dummy:
             self.model.fill(config.seed)
         else:
             self.model.load(checkpoint)

@@ -36,7 +36,7 @@ class Engine:
         self.max_model_len = hello.max_model_len
         self._processor = OutputProcessor(
             self.tokenizer,
-            open_checkpoint(path).eos_token_ids,
+            open_checkpoint(path, tensors=config.load_format != "dummy").eos_token_ids,
             hello.max_model_len,
             hello.max_request_tokens,
             hello.vocab_size,

@@ -41,8 +41,11 @@ class Checkpoint(ABC):
         """The file that holds the tensor."""
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """A .gguf file, a directory with one, or a directory with safetensors. Raises ModelError."""
+def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
+    """A .gguf file, a directory with one, or a directory with safetensors. Raises ModelError.
+
+    Without `tensors` a directory needs no more than its config.json, and the checkpoint has no tensors.
+    """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return GGUFCheckpoint(path)
@@ -50,7 +53,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise ModelError(f"{path} is neither a model directory nor a .gguf file")
     files = sorted(path.glob("*.gguf"))
     if (path / "config.json").exists() and (any(path.glob("*.safetensors")) or not files):
-        return SafetensorsCheckpoint(path)
+        return SafetensorsCheckpoint(path, tensors)
     if len(files) != 1:
         hint = ": give the path of one" if files else ""
         raise ModelError(f"{path} has no .safetensors with a config.json, and {len(files)} .gguf files{hint}")
@@ -90,7 +93,7 @@ class GGUFCheckpoint(Checkpoint):
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors are views of the memory-mapped files."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tensors: bool = True):
         from jaxserve.loading.safetensors_file import SafetensorsFile
 
         self.path = path
@@ -98,8 +101,9 @@ class SafetensorsCheckpoint(Checkpoint):
         optional = path / "generation_config.json"
         generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
         self.eos_token_ids = _ids([generation.get("eos_token_id"), self.config.get("eos_token_id")])
-        index = _index(path)
-        self._files = {file: SafetensorsFile(path / file) for file in set(index.values()) or _files(path)}
+        index = _index(path) if tensors else {}
+        names = (set(index.values()) or _files(path)) if tensors else ()
+        self._files = {file: SafetensorsFile(path / file) for file in names}
         self._file_of = {name: file for file, opened in self._files.items() for name in opened.entries}
         for name, file in index.items():
             if self._file_of.get(name) != file:
