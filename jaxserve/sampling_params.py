@@ -1,7 +1,7 @@
 """What a user may ask of the sampler: one validated struct, shared by Python and HTTP."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -49,6 +49,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _stop_strings(self.stop)
         for i, token in enumerate(self.stop_token_ids or ()):
             _integer(f"stop_token_ids[{i}]", token, 0)
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+            _one_of(name, getattr(self, name), (True, False))
+        _one_of("output_kind", self.output_kind, get_args(OutputKind))
         if self.stop and not self.detokenize:
             raise InvalidRequest("stop strings need detokenize=True", "stop")
 
@@ -89,3 +92,8 @@ def _number(name: str, value: object, low: float, high: float, above: bool = Fal
     if value > high or value < low or (above and value == low):
         wanted = f"above {low} and at most {high}" if above else f"between {low} and {high}"
         raise InvalidRequest(f"{name} must be {wanted}, not {value}", name)
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise InvalidRequest(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}", name)
