@@ -39,7 +39,8 @@ def completion_logprobs(output: CompletionOutput, top: int, offset: int) -> Comp
         offset += len(text)
         if result.top_logprobs is not None:
             shown = {logprob.decoded_token or "": _finite(logprob) for _, logprob in likeliest}
-            result.top_logprobs.append({text: _finite(chosen)} | shown)
+            own = {text: _finite(chosen)}  # two tokens may read the same
+            result.top_logprobs.append(own | shown | own)
     return result
 
 
