@@ -138,14 +138,18 @@ class ProcessReplica:
     async def _supervise(self) -> None:
         failed_starts = 0
         while True:
-            was_ready, reason = await self._run_once()
+            try:
+                was_ready, reason = await self._run_once()
+                told_why = bool(reason) and not was_ready
+            except OSError as error:  # too little memory, perhaps, which may pass
+                was_ready, told_why, reason = False, False, f"cannot start the engine process: {error}"
             if self._closing:
                 return
             failed_starts = 0 if was_ready else failed_starts + 1
-            told_why = bool(reason) and not was_ready
             for_good = told_why or failed_starts >= MAX_FAILED_STARTS
-            assert self._process is not None
-            reason = reason or f"the engine process ended with status {self._process.returncode}"
+            if not reason:
+                assert self._process is not None
+                reason = f"the engine process ended with status {self._process.returncode}"
             self._deliver(Died(reason, for_good))
             if for_good:
                 return
