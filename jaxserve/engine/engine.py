@@ -1,7 +1,9 @@
 """Engine: text in, text out, in this process."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 from jaxserve.aliases import translate
@@ -42,6 +44,10 @@ class Engine:
             hello.vocab_size,
         )
         self._core_of: dict[str, EngineCore] = {}
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+        """Where a request's outputs go that `generate` or `stream` waits for."""
+        self._unread: deque[RequestOutput] = deque()
+        """Outputs of all others, for `step`."""
         self._ids = itertools.count()
 
     def generate(
@@ -65,25 +71,18 @@ class Engine:
         try:
             for prompt, wanted in zip(many, params, strict=True):
                 ids.append(self.add_request(prompt, _with_kind(wanted, "final")))
-            done = self._run(set(ids), use_progress)
         except BaseException:
             self.abort(ids)
             raise
+        done = self._run(ids, use_progress)
         return [done[request_id] for request_id in ids]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Yield what each step adds to one prompt's completion. Closing the iterator aborts the request."""
         request_id = self.add_request(prompt, _with_kind(params or SamplingParams(), "delta"))
-        try:
-            while True:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        _raise_failure(output)
-                        yield output
-                        if output.finished:
-                            return
-        finally:
-            self.abort(request_id)
+        yield from self._outputs([request_id])
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
@@ -104,17 +103,9 @@ class Engine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """One turn of the engine: outputs of the requests that have something new."""
-        outputs = []
-        for core in self._cores:
-            if core.has_unfinished():
-                ready, aborts = self._processor.process(core.step())
-                for abort in aborts:
-                    core.abort(abort.id, abort.keep)
-                outputs += ready
-        for output in outputs:
-            if output.finished:
-                del self._core_of[output.request_id]
+        """One turn of the engine: outputs of the added requests that have something new."""
+        self._turn()
+        outputs, self._unread = list(self._unread), deque()
         return outputs
 
     def abort(self, request_id: str | Sequence[str]) -> None:
@@ -126,7 +117,7 @@ class Engine:
                     core.abort(abort.id, abort.keep)
 
     def has_unfinished(self) -> bool:
-        return any(core.has_unfinished() for core in self._cores)
+        return bool(self._unread) or any(core.has_unfinished() for core in self._cores)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start, added up over the replicas."""
@@ -151,21 +142,50 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _run(self, wanted: set[str], use_progress: bool) -> dict[str, RequestOutput]:
+    def _run(self, ids: list[str], use_progress: bool) -> dict[str, RequestOutput]:
         from tqdm import tqdm
 
         done: dict[str, RequestOutput] = {}
         # a bar only for work that takes a moment, and only for a person
-        with tqdm(
-            total=len(wanted), unit="request", delay=1.0, disable=None if use_progress else True
-        ) as bar:
-            while len(done) < len(wanted):
-                for output in self.step():
-                    if output.request_id in wanted and output.finished:
-                        _raise_failure(output)
-                        done[output.request_id] = output
-                        bar.update()
+        quiet = None if use_progress else True
+        with (
+            closing(self._outputs(ids)) as outputs,
+            tqdm(total=len(ids), unit="request", delay=1.0, disable=quiet) as bar,
+        ):
+            for output in outputs:
+                done[output.request_id] = output
+                bar.update()
         return done
+
+    def _outputs(self, ids: list[str]) -> Generator[RequestOutput, None, None]:
+        """What these requests give until they end. Closing it aborts them."""
+        inbox: deque[RequestOutput] = deque()
+        self._inboxes.update(dict.fromkeys(ids, inbox))
+        try:
+            while inbox or not self._core_of.keys().isdisjoint(ids):
+                if inbox:
+                    output = inbox.popleft()
+                    _raise_failure(output)
+                    yield output
+                else:
+                    self._turn()
+        finally:
+            self.abort(ids)
+            for request_id in ids:
+                del self._inboxes[request_id]
+
+    def _turn(self) -> None:
+        """Step every replica that has work, and hand its outputs to those who wait for them."""
+        for core in self._cores:
+            if not core.has_unfinished():
+                continue
+            outputs, aborts = self._processor.process(core.step())
+            for abort in aborts:
+                core.abort(abort.id, abort.keep)
+            for output in outputs:
+                if output.finished:
+                    del self._core_of[output.request_id]
+                self._inboxes.get(output.request_id, self._unread).append(output)
 
 
 class LLM(Engine):

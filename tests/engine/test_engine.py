@@ -214,6 +214,34 @@ def test_500_requests_from_the_first_moment_compile_nothing(make_llama):
         assert after["compiles_on_request_path"] == before["compiles_on_request_path"]
 
 
+def test_streams_steps_and_generate_mixed_lose_nothing(engine, alone):
+    first, second, third, fourth = prompts(40)[:4]
+    added = engine.add_request(fourth, GREEDY)
+    streams = [engine.stream(first, GREEDY), engine.stream(second, GREEDY)]
+    streamed = [[], []]
+    while streams[0] or streams[1]:
+        for i, stream in enumerate(streams):
+            if stream and (output := next(stream, None)):
+                streamed[i] += output.outputs[0].token_ids
+                if len(streamed[0]) == 5:
+                    assert tokens(engine.generate([third], GREEDY)) == [alone[2]]
+            else:
+                streams[i] = None
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [[streamed[0]], [streamed[1]]] == alone[:2]
+    assert [output.request_id for output in outputs if output.finished] == [added]
+    assert tokens(outputs[-1:]) == [alone[3]]
+
+
+def test_a_stream_whose_request_is_aborted_ends(engine):
+    stream = engine.stream(prompts(1)[0], GREEDY)
+    engine.abort(next(stream).request_id)
+    assert len(list(stream)) <= 1
+    assert idle(engine)
+
+
 def test_a_failed_step_costs_only_its_own_requests(engine, alone, monkeypatch):
     core = engine._cores[0]
     collect, calls = core._collect, []
