@@ -76,8 +76,8 @@ class EngineCore:
         return "warm" if self._programs.warm.is_set() else "ready"
 
     def wait_until_warm(self, timeout: float | None = None) -> bool:
-        """Wait for the background compilation; whether it is done."""
-        return self._programs.warm.wait(timeout)
+        """Wait for the background compilation to end; whether every program is ready."""
+        return self._programs.wait_until_warm(timeout)
 
     def add(self, request: CoreRequest) -> None:
         """Queue a sequence. One that can never run is answered with an error by the next step."""

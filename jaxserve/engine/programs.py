@@ -63,7 +63,6 @@ class Programs:
         self.shapes = shapes
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
-        self.error: Exception | None = None
         self._functions = model.functions()
         self._mesh = model.mesh
         self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
@@ -93,6 +92,11 @@ class Programs:
         self._thread.start()
         # a thread that is inside the compiler when Python exits would abort the process
         atexit.register(self.close)
+
+    def wait_until_warm(self, timeout: float | None = None) -> bool:
+        """Wait for the background compilation to end; whether every program is ready."""
+        self._thread.join(timeout)
+        return self.warm.is_set()
 
     def close(self) -> None:
         """Stop compiling; waits for the program under way."""
@@ -156,8 +160,7 @@ class Programs:
                 if self._closed.is_set():
                     return
                 job()
-        except Exception as error:  # what is ready goes on serving; stats and logs tell
-            self.error = error
+        except Exception:
             log.exception("compiling in the background failed; the programs that are ready go on serving")
             return
         self.warm.set()

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from jaxserve import LLM, Engine, SamplingParams
+from jaxserve.engine.programs import Programs
 from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -212,6 +213,21 @@ def test_500_requests_from_the_first_moment_compile_nothing(make_llama):
         after = engine.stats()
         assert (after["programs"], after["compile_cache_misses"]) == (programs, compiled)
         assert after["compiles_on_request_path"] == before["compiles_on_request_path"]
+
+
+def test_what_cannot_be_compiled_in_the_background_is_done_without(make_engine, alone, monkeypatch, caplog):
+    compile_forward = Programs._compile_forward
+
+    def failing(self, bucket):
+        if bucket.tokens == 128:
+            raise RuntimeError("no such program")
+        compile_forward(self, bucket)
+
+    monkeypatch.setattr(Programs, "_compile_forward", failing)
+    engine = make_engine(max_num_seqs=5)
+    assert not engine.wait_until_warm()
+    assert "no such program" in caplog.text
+    assert tokens(engine.generate(prompts(40)[:8], GREEDY)) == alone[:8]
 
 
 def test_streams_steps_and_generate_mixed_lose_nothing(engine, alone):
