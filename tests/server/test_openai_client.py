@@ -175,6 +175,17 @@ def test_completion_batch_streamed(client):
     assert texts == ["abc", "xyz"]
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_completion_logprobs_offsets_point_into_the_text(client, streamed):
+    reply = client.completions.create(
+        model="tiny", prompt="xéy", max_tokens=5, logprobs=0, stream=streamed, stop="never"
+    )
+    choices = [part.choices[0] for part in (reply if streamed else [reply])]
+    assert "".join(choice.text for choice in choices) == "xéyx"
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert offsets == [0, 1, 1, 2, 3]  # é is two tokens
+
+
 def test_completion_logprobs_offsets_go_on_over_a_stream(client):
     stream = client.completions.create(model="tiny", prompt="abc", max_tokens=5, logprobs=1, stream=True)
     parts = [chunk.choices[0].logprobs for chunk in stream]

@@ -9,12 +9,15 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequest
+from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.openai.generation import Generation
-from jaxserve.server.openai.logprobs import completion_logprobs
+from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
 from jaxserve.server.openai.requests import CompletionRequest, parse_completion
 from jaxserve.server.openai.responses import Completion, CompletionChoice, Usage, json_response
 from jaxserve.server.sse import event_stream
 from jaxserve.server.state import ServerState
+from jaxserve.text.detokenizer import new_detokenizer
+from jaxserve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
 
@@ -24,8 +27,10 @@ async def complete(state: ServerState, body: dict[str, Any], request_id: str) ->
     model = state.check_model(request.model)
     prompts = _prompts(request.prompt)
     written = {"prompt": "prompt[0]"} if _is_batch(request.prompt) else {}
-    generation = Generation(state.engine, prompts, request.params(), written)
-    reply = _Reply(f"cmpl-{request_id}", model, request, generation)
+    params = request.params()
+    generation = Generation(state.engine, prompts, params, written)
+    tokenizer = state.engine.tokenizer
+    reply = _Reply(f"cmpl-{request_id}", model, request, generation, tokenizer, params.skip_special_tokens)
     return await event_stream(reply.chunks()) if request.stream else await reply.whole()
 
 
@@ -58,19 +63,28 @@ _NAMES = {str: "a string", int: "a token id", list: "a list of token ids"}
 
 
 class _Reply:
-    def __init__(self, id: str, model: str, request: CompletionRequest, generation: Generation):
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        request: CompletionRequest,
+        generation: Generation,
+        tokenizer: Tokenizer | None,
+        skip_special_tokens: bool,
+    ):
         self._id = id
         self._model = model
         self._request = request
         self._generation = generation
-        self._lengths: dict[int, int] = {}
-        """Characters of each choice so far."""
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._offsets: dict[int, TextOffsets] = {}
 
     async def whole(self) -> Response:
         choices = []
         async with aclosing(self._generation.outputs()) as outputs:
             async for i, output in outputs:
-                choices += [self._choice(i, sequence) for sequence in output.outputs]
+                choices += [self._choice(i, output, sequence) for sequence in output.outputs]
         choices.sort(key=lambda choice: choice.index)
         return json_response(self._completion(choices, self._generation.usage))
 
@@ -79,16 +93,24 @@ class _Reply:
         async with aclosing(self._generation.outputs()) as outputs:
             async for i, output in outputs:
                 for sequence in output.outputs:
-                    yield msgspec.json.encode(self._completion([self._choice(i, sequence)], usage))
+                    choice = self._choice(i, output, sequence)
+                    yield msgspec.json.encode(self._completion([choice], usage))
         if self._request.include_usage:
             yield msgspec.json.encode(self._completion([], self._generation.usage))
 
-    def _choice(self, prompt: int, sequence: Any) -> CompletionChoice:
+    def _choice(self, prompt: int, output: RequestOutput, sequence: CompletionOutput) -> CompletionChoice:
         index = prompt * (self._request.n or 1) + sequence.index
-        offset = self._lengths.get(index, 0)
-        self._lengths[index] = offset + len(sequence.text)
-        logprobs = completion_logprobs(sequence, self._request.logprobs or 0, offset)
+        logprobs = None
+        if sequence.logprobs is not None:
+            if index not in self._offsets:
+                self._offsets[index] = self._text_offsets(output.prompt_token_ids)
+            logprobs = completion_logprobs(sequence, self._request.logprobs or 0, self._offsets[index])
         return CompletionChoice(index, sequence.text, sequence.finish_reason, logprobs)
+
+    def _text_offsets(self, prompt: list[int]) -> TextOffsets:
+        if self._tokenizer is None:
+            return TextOffsets(None)
+        return TextOffsets(new_detokenizer(self._tokenizer, prompt, self._skip_special_tokens))
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
         shown = usage if usage or self._request.include_usage else UNSET

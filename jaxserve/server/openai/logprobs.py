@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from jaxserve.outputs import CompletionOutput, Logprob
 from jaxserve.server.openai.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
@@ -26,17 +27,33 @@ def chat_logprobs(output: CompletionOutput, top: int, tokenizer: Tokenizer | Non
     return ChatLogprobs(content)
 
 
-def completion_logprobs(output: CompletionOutput, top: int, offset: int) -> CompletionLogprobs | None:
-    """`offset`: characters of the text that came before this output."""
+class TextOffsets:
+    """Where in a choice's text each of its tokens begins, in characters."""
+
+    def __init__(self, detokenizer: Detokenizer | None):
+        self._detokenizer = detokenizer
+        self._length = 0
+
+    def place(self, token: int) -> int:
+        """Of the next token. Tokens that share a character begin where it does."""
+        begin = self._length
+        if self._detokenizer:
+            self._length += len(self._detokenizer.push(token))
+        return begin
+
+
+def completion_logprobs(
+    output: CompletionOutput, top: int, offsets: TextOffsets
+) -> CompletionLogprobs | None:
+    """`offsets`: the choice's, over all of its outputs."""
     if output.logprobs is None:
         return None
     result = CompletionLogprobs([], [], [] if top else None, [])
-    for _, chosen, likeliest in _positions(output, top):
+    for token, chosen, likeliest in _positions(output, top):
         text = chosen.decoded_token or ""
         result.tokens.append(text)
         result.token_logprobs.append(_finite(chosen))
-        result.text_offset.append(offset)
-        offset += len(text)
+        result.text_offset.append(offsets.place(token))
         if result.top_logprobs is not None:
             shown = {logprob.decoded_token or "": _finite(logprob) for _, logprob in likeliest}
             own = {text: _finite(chosen)}  # two tokens may read the same
