@@ -219,7 +219,7 @@ class AsyncEngine:
         lane.handle(message)
         if self.failure is not None:
             self._failed.set()
-        if lane.ready or lane.gone:
+        if all(each.ready or each.gone for each in self._lanes):
             self._settled.set()
 
 
