@@ -22,6 +22,7 @@ from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs, Shapes
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler
+from jaxserve.errors import ConfigError
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.pallas_kernels.paged_attention import PoolShape
@@ -53,12 +54,13 @@ class EngineCore:
         dtype = weight_type(config.dtype, checkpoint.config, platform)
         attention = platform.attention if config.attention == "auto" else config.attention
         self.model = LoadedModel(checkpoint.config, mesh, dtype, attention)
+        length = _max_model_len(config, self.model)
         if dummy:
             self.model.fill(config.seed)
         else:
             self.model.load(checkpoint)
-        self.shapes = _shapes(config, self.model, device)
-        self.hello = _hello(config, self.model, self.shapes)
+        self.shapes = _shapes(config, self.model, device, length)
+        self.hello = _hello(self.model, self.shapes, length)
         self.steps = 0
         self._programs = Programs(self.model, self.shapes, platform.smallest_decode)
         self._programs.start()
@@ -230,12 +232,20 @@ def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
     )
 
 
-def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device) -> Shapes:
+def _max_model_len(config: EngineConfig, model: LoadedModel) -> int:
+    length: int = config.max_model_len or model.config.max_position_embeddings
+    if length > model.config.longest:
+        raise ConfigError(
+            f"max_model_len is {length}, and this model's positions reach {model.config.longest} tokens"
+        )
+    return length
+
+
+def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device, length: int) -> Shapes:
     platform = platform_of(device)
     seqs = config.max_num_seqs or platform.max_num_seqs
     tokens = max(config.max_num_batched_tokens or platform.max_num_batched_tokens, seqs)
     size = config.block_size or platform.block_size
-    length = config.max_model_len or model.config.max_position_embeddings
     width = -(-length // size)
     heads, dim = model.kv_heads // model.shards, model.config.head_dim
     layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
@@ -248,8 +258,7 @@ def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device) -> Sha
     )
 
 
-def _hello(config: EngineConfig, model: LoadedModel, shapes: Shapes) -> Hello:
-    length = config.max_model_len or model.config.max_position_embeddings
+def _hello(model: LoadedModel, shapes: Shapes, length: int) -> Hello:
     capacity = (shapes.pool.num_blocks - 1) * shapes.pool.block_size
     return Hello(
         max_model_len=length,

@@ -71,6 +71,11 @@ class LlamaConfig(msgspec.Struct, frozen=True):
             raise ModelError(f"{found.num_key_value_heads} key-value heads cannot be shared by {heads} heads")
         return found
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that a sequence can have."""
+        return self.rope.reach
+
     def heads(self, shards: int) -> HeadLayout:
         return HeadLayout.over(shards, self.num_attention_heads, self.num_key_value_heads)
 

@@ -215,6 +215,17 @@ def test_500_requests_from_the_first_moment_compile_nothing(make_llama):
         assert after["compiles_on_request_path"] == before["compiles_on_request_path"]
 
 
+def test_a_context_beyond_the_models_positions_is_refused(make_llama):
+    with pytest.raises(ConfigError, match=r"max_model_len is 513.* 512"):
+        Engine(str(make_llama("short")), max_model_len=513)
+    stretched = make_llama("stretched", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    small = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "num_blocks": 33}
+    with Engine(str(stretched), dtype="float32", max_model_len=1024, **small) as engine:
+        assert engine.max_model_len == 1024
+    with pytest.raises(ConfigError, match=r"max_model_len is 1025.* 1024"):
+        Engine(str(stretched), max_model_len=1025)
+
+
 def test_what_cannot_be_compiled_in_the_background_is_done_without(make_engine, alone, monkeypatch, caplog):
     compile_forward = Programs._compile_forward
 

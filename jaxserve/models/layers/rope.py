@@ -50,6 +50,14 @@ class Rope(msgspec.Struct, frozen=True):
                 raise ModelError(f"rope type {kind!r} needs {key}, a number; it is {options.get(key)!r}")
         return cls(dim, float(theta), int(config["max_position_embeddings"]), kind, options)
 
+    @property
+    def reach(self) -> int:
+        """Positions it is good for: a scaling may stretch past those the model was configured for."""
+        if self.kind not in ("linear", "dynamic", "yarn"):
+            return self.max_position
+        trained = self.options.get("original_max_position_embeddings") or self.max_position
+        return max(self.max_position, int(trained * (self.options.get("factor") or 1.0)))
+
     def __call__(self, positions: jax.Array) -> Rotation:
         """The rotation at positions int32 [N]."""
         p = jnp.maximum(positions, 0).astype(jnp.float32)[:, None]
