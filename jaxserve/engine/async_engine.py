@@ -13,6 +13,7 @@ from jaxserve.engine.lane import Lane
 from jaxserve.engine.messages import FromCore, Hello
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
+from jaxserve.engine.stats import add_up
 from jaxserve.errors import EngineDied, InvalidRequest
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
@@ -140,13 +141,7 @@ class AsyncEngine:
     async def stats(self) -> dict[str, Any]:
         """The counters of `Engine.stats()`, added up over the replicas."""
         await self.start()
-        values = await asyncio.gather(*(lane.stats() for lane in self._lanes if lane.ready))
-        total: dict[str, Any] = {}
-        for replica in values:
-            for name, value in replica.items():
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                total[name] = total.get(name, 0) + value if number else value
-        return total
+        return add_up(await asyncio.gather(*(lane.stats() for lane in self._lanes if lane.ready)))
 
     async def failed(self) -> str:
         """Wait until the engine will not serve again; why."""

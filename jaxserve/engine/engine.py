@@ -11,6 +11,7 @@ from jaxserve.config import DEFAULT_MODEL, EngineConfig, parse_mesh
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import Abort
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
+from jaxserve.engine.stats import add_up
 from jaxserve.errors import EngineDied, InvalidRequest
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
@@ -121,11 +122,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start, added up over the replicas."""
-        totals: dict[str, Any] = {}
-        for stats in [core.stats() for core in self._cores]:
-            for name, value in stats.items():
-                totals[name] = value if isinstance(value, bool) else totals.get(name, 0) + value
-        return totals
+        return add_up(core.stats() for core in self._cores)
 
     def wait_until_warm(self, timeout: float | None = None) -> bool:
         """Wait until every program is compiled; whether that is so."""
