@@ -27,6 +27,8 @@ def load_tokenizer(path: Path | str, chat_template: str | None = None) -> "Token
     Raises ModelError for a tokenizer or a template that cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise ModelError(f"there is no tokenizer at {path}: it must be a directory or a file")
     tokenizer = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
     if tokenizer is None and len(files := sorted(path.glob("*.gguf"))) == 1:
         tokenizer = _from_gguf(files[0])

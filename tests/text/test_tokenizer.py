@@ -278,3 +278,8 @@ class TestGguf:
             gguf_tokenizer.build(metadata(backend, "gpt2", pre="klingon"))
         with pytest.raises(ModelError, match="'rwkv'"):
             gguf_tokenizer.build(metadata(backend, "rwkv"))
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no tokenizer at"):
+        load_tokenizer(tmp_path / "nothing")
