@@ -49,9 +49,9 @@ class OutputProcessor:
         """
         if request_id in self._requests:
             raise InvalidRequest(f"request_id {request_id!r} is already in use", "request_id")
+        max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
         self._check_tokens(prompt_token_ids, "prompt")
         self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
-        max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
         eos = [] if params.ignore_eos else self._eos

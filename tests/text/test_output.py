@@ -314,3 +314,9 @@ class TestEnds:
         [output], _ = generate(processor(tok), [200], SamplingParams(output_kind="delta"), last="abort")
         assert output.outputs[0].finish_reason == "abort"
         assert output.finished
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_tokens_are_looked_at(tok):
+    with pytest.raises(InvalidRequest, match="101 tokens") as refused:
+        OutputProcessor(tok, [], max_model_len=100).add("r", None, [-1] * 101, SamplingParams())
+    assert refused.value.code == "context_length_exceeded"
