@@ -63,6 +63,8 @@ def read_options(args: argparse.Namespace, config: type[Config]) -> Config:
             raise aliases.repeated("MODEL", "--model")
         given["model"] = args.positional_model
     from_file = read_config(args.config) if args.config else {}
+    if any(name in given for name in aliases.MESH):  # two names of one option: what is not given stays
+        given = {name: from_file[name] for name in aliases.MESH if name in from_file} | given
     return build(config, {**aliases.translate(from_file, config), **aliases.translate(given, config)})
 
 

@@ -66,8 +66,8 @@ class AsyncEngine:
 
     @property
     def failure(self) -> str | None:
-        """Why the engine will not serve again."""
-        return next((lane.reason for lane in self._lanes if lane.gone), None)
+        """Why the engine will not serve again: no replica is left."""
+        return self._lanes[0].reason if all(lane.gone for lane in self._lanes) else None
 
     @property
     def state(self) -> str:
@@ -103,8 +103,8 @@ class AsyncEngine:
         await asyncio.to_thread(lambda: self._text)
         self._has_text = True
         await self._settled.wait()
-        if self.failure is not None:
-            raise EngineDied(self.failure)
+        if gone := [lane.reason for lane in self._lanes if lane.gone]:
+            raise EngineDied(gone[0])
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
@@ -174,12 +174,9 @@ class AsyncEngine:
 
     @cached_property
     def _text(self) -> "tuple[Tokenizer | None, list[int]]":
-        from jaxserve.loading.checkpoint import open_checkpoint
-        from jaxserve.text.tokenizer import load_tokenizer
+        from jaxserve.engine.text_side import load_text_side
 
-        tokenizer = load_tokenizer(self.config.tokenizer or self._path, self._chat_template)
-        tensors = self.config.load_format != "dummy"
-        return tokenizer, list(open_checkpoint(self._path, tensors).eos_token_ids)
+        return load_text_side(self.config, self._path, self._chat_template)
 
     async def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         prompt = parse_prompt(prompt)

@@ -36,6 +36,8 @@ class Flight(NamedTuple):
     chunks: list[Chunk]
     sampled: Sampled | None
     """None when no chunk reached the end of its sequence."""
+    done: jax.Array
+    """An array that is there when the device has done the step."""
 
 
 class EngineCore:
@@ -167,9 +169,10 @@ class EngineCore:
             self._slots, sampled = sample(self._slots, logits, targets)
             for array in jax.tree.leaves(sampled):
                 array.copy_to_host_async()
-        return Flight(chunks, sampled)
+        return Flight(chunks, sampled, targets)
 
     def _collect(self, flight: Flight) -> list[CoreOutput]:
+        flight.done.block_until_ready()
         self.steps += 1
         if flight.sampled is None:
             return []

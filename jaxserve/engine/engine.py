@@ -1,5 +1,6 @@
 """Engine: text in, text out, in this process."""
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -12,14 +13,13 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import Abort
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
 from jaxserve.engine.stats import add_up
+from jaxserve.engine.text_side import load_text_side
 from jaxserve.errors import EngineDied, InvalidRequest
-from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.output import OutputProcessor
-from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
 
 class Engine:
@@ -33,13 +33,18 @@ class Engine:
         config = build(EngineConfig, {"model": model, **options})
         path = resolve(config.model)
         self.config = build(EngineConfig, {"model": path, **options})
-        self.tokenizer: Tokenizer | None = load_tokenizer(config.tokenizer or path, chat_template)
-        self._cores = [EngineCore(self.config, i) for i in range(parse_mesh(config.mesh).data)]
+        self.tokenizer, eos = load_text_side(config, path, chat_template)
+        with contextlib.ExitStack() as made:  # a replica that cannot start takes the others with it
+            self._cores = []
+            for i in range(parse_mesh(config.mesh).data):
+                self._cores.append(EngineCore(self.config, i))
+                made.callback(self._cores[-1].close)
+            made.pop_all()
         hello = self._cores[0].hello
         self.max_model_len = hello.max_model_len
         self._processor = OutputProcessor(
             self.tokenizer,
-            open_checkpoint(path, tensors=config.load_format != "dummy").eos_token_ids,
+            eos,
             hello.max_model_len,
             hello.max_request_tokens,
             hello.vocab_size,

@@ -157,3 +157,11 @@ def test_chat_takes_the_engine_options_only():
     assert isinstance(args, argparse.Namespace)
     assert read_options(args, EngineConfig) == EngineConfig(mesh="2", dtype="float32")
     assert "--port" not in chat.parser().format_help()
+
+
+def test_the_two_parallel_sizes_may_come_from_file_and_command_line(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_text("tensor-parallel-size = 4\n")
+    both = config("--config", str(file), "--data-parallel-size", "2")
+    assert both.mesh == "4x2"
+    assert config("--config", str(file), "--mesh", "2x1").mesh == "2x1"

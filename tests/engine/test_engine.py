@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve import LLM, Engine, SamplingParams
 from jaxserve.engine.programs import Programs
-from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
+from jaxserve.errors import ConfigError, EngineDied, InvalidRequest, ModelError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -301,3 +301,8 @@ def test_a_failed_step_costs_only_its_own_requests(engine, alone, monkeypatch):
         engine.generate([[5, 6, 7]], GREEDY)
     monkeypatch.setattr(core, "_collect", collect)
     assert idle(engine)
+
+
+def test_a_tokenizer_that_is_not_there_is_said(model_dir, make_llama):
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        Engine(str(model_dir), tokenizer=str(make_llama("without-tokenizer")))
