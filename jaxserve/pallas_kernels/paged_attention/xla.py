@@ -18,6 +18,8 @@ from jaxserve.pallas_kernels.paged_attention.pool import decode, write
 
 CHUNK = 256
 """Context tokens that one turn of a loop attends to."""
+GROUP = 8
+"""Single-row sequences that one turn handles: what they gather should stay in the processor's cache."""
 TILE = 128
 """Query rows of one sequence that one turn of the tile loop handles."""
 NEVER = -1e30
@@ -57,11 +59,28 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
 
 def _attend_singles(attend, q, meta, per_head):
     """out f32 [R, kv_heads, group, dim] of the first R rows, right where a row is its whole sequence."""
-    rows, kv_heads, group, dim = q.shape
+    rows = q.shape[0]
     single = meta.q_lens[:rows] == 1
     pos = jnp.where(single, meta.starts[:rows], MASKED)
-    heads = _Heads(*(None if x is None else jnp.tile(x, (rows, 1)) for x in per_head))
     tables = jnp.where(single[:, None], meta.block_tables[:rows], 0)
+    several = partial(_attend_rows, attend, per_head)
+    whole = rows // GROUP * GROUP
+    if whole <= GROUP:
+        return several(q, pos, tables)
+    out = lax.map(lambda x: several(*x), _split((q, pos, tables), whole))
+    out = out.reshape(whole, *out.shape[2:])
+    rest = (x[whole:] for x in (q, pos, tables))
+    return out if whole == rows else jnp.concatenate([out, several(*rest)])
+
+
+def _split(arrays, whole):
+    """The first `whole` rows of each array, GROUP at a time."""
+    return tuple(x[:whole].reshape(-1, GROUP, *x.shape[1:]) for x in arrays)
+
+
+def _attend_rows(attend, per_head, q, pos, tables):
+    rows, kv_heads, group, dim = q.shape
+    heads = _Heads(*(None if x is None else jnp.tile(x, (rows, 1)) for x in per_head))
     q_pos = jnp.repeat(pos, kv_heads)[:, None]
     out = attend(q.reshape(rows * kv_heads, group, dim), q_pos, tables, heads=heads)
     return out.reshape(q.shape)
