@@ -14,6 +14,17 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Only a missing compiler skips: a kernel that does not compile is a failure."""
+    if item.get_closest_marker("compiler"):
+        from jaxserve.pallas_kernels import native
+
+        try:
+            native.compiler()
+        except native.NativeError as error:
+            pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's .gguf file, fetched as a user's first start would."""

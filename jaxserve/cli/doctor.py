@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> Iterator[Finding]:
     """Every finding; a check that itself fails is one too."""
-    for check in (_versions, _nvidia, _devices, _memory, _home, _cache, _default_model):
+    for check in (_versions, _nvidia, _devices, _kernels, _memory, _home, _cache, _default_model):
         yield from _safely(check)
 
 
@@ -90,9 +91,30 @@ def _devices() -> Iterator[Finding]:
         if stats := device.memory_stats():
             free = stats["bytes_limit"] - stats["bytes_in_use"]
             yield Finding(f"memory of {device}", f"{_size(free)} of {_size(stats['bytes_limit'])} free")
-    from jaxserve.engine.devices import platform_of
 
-    yield Finding("attention", platform_of(devices[0]).attention)
+
+def _kernels() -> Iterator[Finding]:
+    import jax
+
+    from jaxserve.engine.devices import platform_of
+    from jaxserve.engine.kernels import cpu_kernels
+    from jaxserve.pallas_kernels import native
+
+    platform = platform_of(jax.devices()[0])
+    if platform.name != "cpu":
+        yield Finding("attention", platform.attention)
+        return
+    for kernel in cpu_kernels("bfloat16"):
+        name = f"C++ kernel {kernel.name}"
+        try:
+            if not native.find(kernel):
+                yield Finding(name, f"compiled on first use, with {shlex.join(native.compiler())}")
+            elif missing := native.why_not(kernel):
+                raise native.NativeError(missing)
+            else:
+                yield Finding(name, "compiled for this processor")
+        except native.NativeError as error:
+            yield Finding(name, f"not used: {error}", "note", "it works without, but slower")
 
 
 def _memory() -> Iterator[Finding]:
@@ -101,7 +123,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _home() -> Iterator[Finding]:
-    from jaxserve.loading.hub import home
+    from jaxserve.home import home
 
     place = home()
     existing = next(path for path in (place, *place.parents) if path.exists())

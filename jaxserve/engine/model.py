@@ -11,8 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Tensors, parameters
+from jaxserve.models.layers.linear import Product
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, paged_attention
@@ -24,17 +26,16 @@ HEADS_SPEC = PartitionSpec(None, "tensor")
 class LoadedModel:
     """The model that a checkpoint's config describes, and its weights on `mesh`."""
 
-    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any, attention: Implementation):
+    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any):
         """Builds the model abstractly; `load` or `fill` brings the weights."""
         cls: Any = model_class(config)
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)
         self.shards = mesh.shape["tensor"]
-        self._attention = attention
         self._table = cls.tensors(self.config, self.shards)
-        module = nnx.eval_shape(lambda: cls(self.config, self.shards, self.dtype))
-        self._graph, state = nnx.split(module)
+        self._module = nnx.eval_shape(lambda: cls(self.config, self.shards, self.dtype))
+        state = nnx.state(self._module)
         flat = nnx.to_flat_state(state)
         self._leaves = {".".join(map(str, path)): param for path, param in flat}
         self._treedef = jax.tree.structure(state)
@@ -69,14 +70,19 @@ class LoadedModel:
             make = jax.jit(normal, static_argnums=(1, 2), out_shardings=self._sharding(path))
             self.weights.append(make(jax.random.key(seed + i), leaf.shape, leaf.dtype))
 
-    def functions(self) -> Model:
+    def functions(self, kernels: Kernels) -> Model:
         """The forward pass as pure functions of the weights."""
+        for _, part in nnx.iter_modules(self._module):
+            if isinstance(part, Product):
+                part.implementation = kernels.matmul
+        graph = nnx.graphdef(self._module)
+        attend_with = partial(self._attend, kernels.attention)
 
         def module(weights: Weights) -> Any:
-            return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, weights))
+            return nnx.merge(graph, jax.tree.unflatten(self._treedef, weights))
 
         def hidden(weights: Weights, ids: jax.Array, meta: AttentionMeta, kv: KV) -> tuple[jax.Array, KV]:
-            attend = jax.tree_util.Partial(self._attend, meta)  # a pytree: the layers' jit takes it
+            attend = jax.tree_util.Partial(attend_with, meta)  # a pytree: the layers' jit takes it
             x, pools = module(weights)(ids, meta.row_pos, attend, kv)
             return x, pools
 
@@ -87,11 +93,18 @@ class LoadedModel:
         return Model(hidden, logits)
 
     def _attend(
-        self, meta: AttentionMeta, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, **options: Any
+        self,
+        implementation: Implementation,
+        meta: AttentionMeta,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pool: jax.Array,
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Attention with each device on its own heads: a pool that is never gathered."""
         op: Callable[..., tuple[jax.Array, jax.Array]] = partial(
-            paged_attention, implementation=self._attention, **options
+            paged_attention, implementation=implementation, **options
         )
         if self.mesh.size == 1:
             return op(q, k, v, pool, meta)

@@ -1,12 +1,12 @@
 """Where models are kept on this machine, and how they get there: once, whole and checked, or not at all."""
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from jaxserve.errors import ModelError
+from jaxserve.home import home
 from jaxserve.loading import huggingface, package_index
 
 FORMS = "a directory, a .gguf file, org/name, hf:org/name (with @revision if wanted) or pypi:package"
@@ -21,12 +21,6 @@ class ModelEntry(NamedTuple):
     ref: str
     path: Path
     bytes: int
-
-
-def home() -> Path:
-    """`$JAXSERVE_HOME`, or a directory in the user's cache."""
-    chosen = os.environ.get("JAXSERVE_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "jaxserve"
 
 
 def resolve(ref: str) -> Path:

@@ -9,6 +9,8 @@ import pytest
 
 from jaxserve import __version__
 
+KERNEL = "C++ kernel matmul-BFloat16"
+
 
 @pytest.fixture
 def doctor(tmp_path):
@@ -33,16 +35,23 @@ def fake_nvidia_smi(tmp_path, script):
 
 
 def test_a_machine_that_works(doctor, tmp_path):
-    code, found = doctor()
+    code, found = doctor(CXX=sys.executable)  # any program will do: nothing is compiled
     assert code == 0
     assert found["jaxserve"]["value"] == __version__
-    assert found["attention"]["value"] == "xla"
+    assert found[KERNEL]["value"] == f"compiled on first use, with {sys.executable}"
     assert "(cpu)" in found["devices"]["value"]
     assert found["JAXSERVE_HOME"]["value"].startswith(str(tmp_path / "home"))
     assert found["compiled programs"]["value"].startswith("0 files")
     assert found["default model"]["state"] == "note"
     assert "jaxserve pull" in found["default model"]["advice"]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_machine_without_a_compiler(doctor):
+    code, found = doctor(CXX="no-such-compiler")
+    assert code == 0
+    assert found[KERNEL]["state"] == "note"
+    assert "no-such-compiler" in found[KERNEL]["value"]
 
 
 def test_a_platform_that_is_not_here(doctor):

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jaxserve.models.layers.linear import contract
+from jaxserve.models.layers.linear import Product
 from jaxserve.models.layers.param import weight
 
 
-class Embedding(nnx.Module):
+class Embedding(Product):
     """ids int32 [N] -> float32 [N, features]; `attend` gives logits float32 [N, vocab]."""
 
     def __init__(self, vocab: int, features: int, dtype: jnp.dtype):
@@ -18,4 +17,4 @@ class Embedding(nnx.Module):
         return self.weight[...].at[ids].get(mode="clip").astype(jnp.float32)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return contract(x.astype(self.weight.dtype), self.weight[...])
+        return self.contract(x, self.weight[...])

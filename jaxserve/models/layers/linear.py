@@ -6,29 +6,28 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from jaxserve.models.layers.param import weight
+from jaxserve.pallas_kernels.matmul import Implementation, matmul
 
 
-def contract(x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
-    """float32 [N, *out]: the last `dims` axes of x [N, *in] against those of w [*out, *in].
+class Product(nnx.Module):
+    """What multiplies by a weight, and how."""
 
-    As one product of matrices: x [N, in], w [out, in], accumulated in float32. That is the form that
-    reaches a CPU's matrix units in bf16; XLA would turn one with more axes by transposing w each step.
-    Only the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
-    float32 products are kept exact on every device.
-    """
-    out, size = w.shape[: w.ndim - dims], math.prod(w.shape[w.ndim - dims :])
-    exact = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    rows, columns = x.reshape(-1, size), w.reshape(-1, size)
-    y = lax.dot_general(
-        rows, columns, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
-    return y.reshape(-1, *out)
+    implementation: Implementation = "xla"
+
+    def contract(self, x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
+        """float32 [N, *out]: the last `dims` axes of x [N, *in] against those of w [*out, *in].
+
+        As one product of matrices: XLA would turn one with more axes by transposing w each step. Only
+        the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
+        """
+        out, size = w.shape[: w.ndim - dims], math.prod(w.shape[w.ndim - dims :])
+        y = matmul(x.reshape(-1, size), w.reshape(-1, size), self.implementation)
+        return y.reshape(-1, *out)
 
 
-class Linear(nnx.Module):
+class Linear(Product):
     """x [N, *in] -> float32 [N, *out], with weight [*out, *in] and an optional bias [*out]."""
 
     def __init__(
@@ -45,5 +44,5 @@ class Linear(nnx.Module):
         self.bias = weight(out_shape, axes[: len(out_shape)], dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x.astype(self.weight.dtype), self.weight[...], self.in_dims)
+        y = self.contract(x, self.weight[...], self.in_dims)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)

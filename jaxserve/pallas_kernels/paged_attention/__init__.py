@@ -14,7 +14,7 @@ from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
 
 __all__ = ["AttentionMeta", "Implementation", "Masking", "PoolShape", "paged_attention", "ragged_meta"]
 
-Implementation = Literal["reference", "xla", "gpu"]
+Implementation = Literal["reference", "xla", "gpu", "cpu"]
 
 
 class Masking(NamedTuple):
@@ -56,6 +56,10 @@ def paged_attention(
         from jaxserve.pallas_kernels.paged_attention import gpu
 
         return gpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.paged_attention import cpu
+
+        return cpu.paged_attention(q, k, v, pool, meta, **options)
     if implementation == "reference":
         from jaxserve.pallas_kernels.paged_attention import reference
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,22 @@ from jaxserve.pallas_kernels.paged_attention.pool import write
 LAYERS, ROWS, SEQS, HEADS = 3, 8, 4, 4
 
 
-def attend_layers(pools, q, k, v, meta):
+def attend_layers(pools, q, k, v, meta, implementation="xla"):
     for i, pool in enumerate(pools):
-        out, pools[i] = paged_attention(q, k, v, pool, meta, scale=0.1, implementation="xla")
+        out, pools[i] = paged_attention(q, k, v, pool, meta, scale=0.1, implementation=implementation)
         q = q + out
     return pools, q
 
 
+attend_natively = partial(attend_layers, implementation="cpu")
+
+
 def write_layers(pools, q, k, v, meta):
     return [write(pool, k, v, meta) for pool in pools], q
+
+
+NATIVE = pytest.param(attend_natively, marks=pytest.mark.compiler, id="native")
+STEPS = [attend_layers, NATIVE, write_layers]
 
 
 def compiled(step, bits: bool, dtype, blocks: int = 4096):
@@ -39,7 +47,7 @@ def compiled(step, bits: bool, dtype, blocks: int = 4096):
     return step.lower(*jax.eval_shape(arrays)).compile(), shape
 
 
-@pytest.mark.parametrize("step", [attend_layers, write_layers])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, False), (jnp.bfloat16, True)], ids=str)
 def test_layers_leave_their_pools_in_place(step, dtype, bits):
     program, shape = compiled(step, bits, dtype)
@@ -49,7 +57,7 @@ def test_layers_leave_their_pools_in_place(step, dtype, bits):
     assert not pool_sized_copies(program.as_text(), shape)
 
 
-@pytest.mark.parametrize("step", [attend_layers, write_layers])
+@pytest.mark.parametrize("step", STEPS)
 def test_temporaries_do_not_grow_with_the_pool(step):
     small, large = (compiled(step, True, jnp.bfloat16, blocks)[0].memory_analysis() for blocks in (512, 4096))
     assert large.temp_size_in_bytes == pytest.approx(small.temp_size_in_bytes, rel=0.05)

@@ -13,7 +13,8 @@ from jaxserve.pallas_kernels.paged_attention import paged_attention
 
 from .cases import CASES, Case, Inputs, make, oracle
 
-IMPLEMENTATIONS = ["reference", "xla", "gpu"]
+NATIVE = pytest.param("cpu", marks=pytest.mark.compiler)
+IMPLEMENTATIONS = ["reference", "xla", "gpu", NATIVE]
 # nearly all of the time is compilation, and the arrays are tiny
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):  # the option is gone in newer releases
@@ -72,7 +73,7 @@ def test_random_batches(implementation, case, seed):
     check(implementation, make(case, seed), options=None if implementation == "xla" else QUICK_COMPILE)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "gpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_another_sequence_left_behind_is_not_read(implementation):
     """NaN in slots that hold none of a sequence's tokens stays there."""
     x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1))

@@ -1,0 +1,75 @@
+"""Which implementations compute: the best there are for the devices, or those that were asked for."""
+
+import logging
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve import processor
+from jaxserve.config import EngineConfig
+from jaxserve.engine.devices import platform_of
+from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels import matmul, native, paged_attention
+from jaxserve.pallas_kernels.matmul import cpu as cpu_matmul
+from jaxserve.pallas_kernels.paged_attention import cpu as cpu_attention
+
+log = logging.getLogger(__name__)
+
+
+class Kernels(NamedTuple):
+    attention: paged_attention.Implementation
+    matmul: matmul.Implementation
+
+
+def cpu_kernels(dtype: Any) -> list[native.Kernel]:
+    """All C++ kernels of an engine whose weights and KV are of this type."""
+    return [native.Kernel.of(source, dtype) for source in (cpu_attention.SOURCE, cpu_matmul.SOURCE)]
+
+
+def prepare_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> None:
+    """Begin to compile what `choose_kernels` will want, while the weights are read."""
+    for kernel, wanted in zip(cpu_kernels(dtype), _wanted(config, mesh, dtype), strict=True):
+        if wanted == "cpu":
+            native.prepare(kernel)
+
+
+def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
+    """Raises ConfigError for a kernel that was asked for and cannot be had here."""
+    asked: list[Any] = [config.attention, config.matmul]
+    chosen: list[Any] = list(_wanted(config, mesh, dtype))
+    for i, kernel in enumerate(cpu_kernels(dtype)):
+        if chosen[i] != "cpu":
+            continue
+        name = Kernels._fields[i]
+        if missing := _missing(mesh, name, kernel):
+            if asked[i] == "cpu":
+                raise ConfigError(f"{name}=cpu cannot be had: {missing}")
+            log.warning("slower without the C++ kernel for %s: %s", name, missing)
+            chosen[i] = "xla"
+    return Kernels(*chosen)
+
+
+def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
+    """What was asked for, or would be best."""
+    platform = platform_of(mesh.devices.flat[0])
+    cpu = platform.name == "cpu"
+    attention: Any = config.attention
+    if attention == "auto":
+        attention = "cpu" if cpu else platform.attention
+    product: Any = config.matmul
+    if product == "auto":
+        # XLA's products reach the matrix units that some processors have for bf16, and shard a mesh's weights
+        units = dtype == jnp.bfloat16 and processor.has("amx_bf16")
+        product = "cpu" if cpu and mesh.size == 1 and not units else "xla"
+    return Kernels(attention, product)
+
+
+def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:
+    """Why a C++ kernel cannot be used; empty when it can."""
+    platform = mesh.devices.flat[0].platform
+    if platform != "cpu":
+        return f"it is for CPUs, and this is a {platform}"
+    if name == "matmul" and mesh.size > 1:
+        return "the weights of a mesh are multiplied by XLA"
+    return native.why_not(kernel)
