@@ -33,11 +33,20 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_num_batched_tokens: Annotated[int | None, about("most tokens in one step")] = None
     block_size: Annotated[int | None, about("tokens per block of the KV pool")] = None
     num_blocks: Annotated[int | None, about("blocks in the KV pool, instead of measuring memory")] = None
+    enable_prefix_caching: Annotated[
+        bool, about("reuse the KV of prompts that begin alike, and of what was generated")
+    ] = True
     memory_fraction: Annotated[float, about("part of the device's memory the engine may use")] = 0.9
     attention: Annotated[
-        Literal["auto", "xla", "gpu", "reference"], about("paged-attention implementation")
+        Literal["auto", "xla", "cpu", "gpu", "reference"], about("implementation of paged attention")
+    ] = "auto"
+    matmul: Annotated[
+        Literal["auto", "xla", "cpu"], about("implementation of products with weights")
     ] = "auto"
     seed: Annotated[int, about("seeds requests that bring no seed of their own")] = 0
+    generation_config: Annotated[
+        str, about("sampling defaults: auto: the model's; none: OpenAI's; or a directory with the file")
+    ] = "auto"
 
     def __post_init__(self) -> None:
         parse_mesh(self.mesh)
@@ -56,6 +65,9 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
     served_model_name: Annotated[list[str] | None, about("names that requests may use for the model")] = None
     chat_template: Annotated[str | None, about("chat template file, if not the model's own")] = None
     api_key: Annotated[list[str] | None, about("keys that clients may use; none: open to all")] = None
+    share_prefix_cache: Annotated[
+        bool, about("one prefix cache for all API keys, whose clients can then time each other's prompts")
+    ] = False
     allowed_origins: Annotated[list[str] | None, about("origins that browsers may call from (CORS)")] = None
     max_body_size: Annotated[int, about("largest request body, in bytes")] = 32 * 2**20
     shutdown_timeout: Annotated[float, about("seconds that running requests get on SIGTERM")] = 30.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.lane import Lane
-from jaxserve.engine.messages import FromCore, Hello
+from jaxserve.engine.messages import FromCore, Hello, ResetPrefixCache
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
 from jaxserve.engine.stats import add_up
@@ -20,11 +20,15 @@ from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxserve.engine.text_side import TextSide
     from jaxserve.text.output import OutputProcessor
     from jaxserve.text.tokenizer import Tokenizer
 
 ENCODE_INLINE = 4096
 """Longest prompt, in characters, that is tokenised on the event loop."""
+
+STATS_SECONDS = 2.0
+"""How long `replica_stats` waits for a replica's answer."""
 
 T = TypeVar("T")
 
@@ -58,7 +62,7 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> "Tokenizer | None":
         """None for a model without one: prompts are token ids then. Loads it on first use."""
-        return self._text[0]
+        return self._text.tokenizer
 
     @property
     def ready(self) -> bool:
@@ -106,6 +110,10 @@ class AsyncEngine:
         if gone := [lane.reason for lane in self._lanes if lane.gone]:
             raise EngineDied(gone[0])
 
+    def default_params(self, **given: Any) -> SamplingParams:
+        """These parameters, and for the rest what the model's makers recommend. Raises `InvalidRequest`."""
+        return SamplingParams(**{**self._text.sampling_defaults, **given})
+
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -115,12 +123,13 @@ class AsyncEngine:
         the request. Raises `InvalidRequest` before the first output, `EngineDied` at any time.
         """
         await self.start()
-        text, ids = await self._encode(prompt)
+        content, cache_salt = parse_prompt(prompt)
+        text, ids = await self._encode(content)
         request_id = request_id or uuid.uuid4().hex
         if any(request_id in lane.streams for lane in self._lanes):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
         lane = self._choose_lane()
-        stream = lane.add(request_id, text, ids, params or SamplingParams())
+        stream = lane.add(request_id, text, ids, params or self.default_params(), cache_salt)
         try:
             while (item := await stream.get()) is not None:
                 if isinstance(item, Exception):
@@ -139,9 +148,24 @@ class AsyncEngine:
                 stream.put_nowait(None)
 
     async def stats(self) -> dict[str, Any]:
-        """The counters of `Engine.stats()`, added up over the replicas."""
+        """The counters of `Engine.stats()`, added up over the replicas that are ready; empty when none is."""
         await self.start()
-        return add_up(await asyncio.gather(*(lane.stats() for lane in self._lanes if lane.ready)))
+        return add_up((await self._ask(timeout=None)).values())
+
+    async def replica_stats(self) -> dict[int, dict[str, Any]]:
+        """The counters of each replica that is ready and answers within `STATS_SECONDS`. Starts nothing."""
+        return await self._ask(STATS_SECONDS)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the prompts and outputs that later ones could have begun with."""
+        for lane in self._lanes:
+            if lane.ready:
+                lane.replica.send(ResetPrefixCache())
+
+    @property
+    def restarts(self) -> list[int]:
+        """How often each replica was started again."""
+        return [lane.restarts for lane in self._lanes]
 
     async def failed(self) -> str:
         """Wait until the engine will not serve again; why."""
@@ -173,13 +197,24 @@ class AsyncEngine:
         return str(resolve(self.config.model))
 
     @cached_property
-    def _text(self) -> "tuple[Tokenizer | None, list[int]]":
+    def _text(self) -> "TextSide":
         from jaxserve.engine.text_side import load_text_side
 
         return load_text_side(self.config, self._path, self._chat_template)
 
-    async def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        prompt = parse_prompt(prompt)
+    async def _ask(self, timeout: float | None) -> dict[int, dict[str, Any]]:
+        """The replicas' counters; nothing of one that dies or takes longer than `timeout` seconds."""
+
+        async def ask(lane: Lane) -> dict[str, Any] | None:
+            with contextlib.suppress(EngineDied, TimeoutError):
+                return await asyncio.wait_for(lane.stats(), timeout)
+            return None
+
+        ready = {i: lane for i, lane in enumerate(self._lanes) if lane.ready}
+        answers = await asyncio.gather(*map(ask, ready.values()))
+        return {i: answer for i, answer in zip(ready, answers, strict=True) if answer is not None}
+
+    async def _encode(self, prompt: str | list[int]) -> tuple[str | None, list[int]]:
         if isinstance(prompt, list):
             return None, prompt
         if self.tokenizer is None:
@@ -197,9 +232,12 @@ class AsyncEngine:
     def _make_processor(self, hello: Hello) -> "OutputProcessor":
         from jaxserve.text.output import OutputProcessor
 
-        tokenizer, eos_token_ids = self._text
         return OutputProcessor(
-            tokenizer, eos_token_ids, hello.max_model_len, hello.max_request_tokens, hello.vocab_size
+            self._text.tokenizer,
+            self._text.eos_token_ids,
+            hello.max_model_len,
+            hello.max_request_tokens,
+            hello.vocab_size,
         )
 
     def _deliver(self, lane: Lane, message: FromCore | Died) -> None:

@@ -1,5 +1,6 @@
 """A schedule as one fixed-shape int32 buffer: the only thing a step sends to the device."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 Buffer = TypeVar("Buffer", np.ndarray, "jax.Array")
 
+TABLE_AT = 8
+"""Where the block table begins in an admitted request's buffer."""
 FROM_DEVICE = -1
 """Stands for a token that the last step sampled and the host has not read: the device has it."""
 
@@ -91,18 +94,22 @@ def _fill(views: dict[str, np.ndarray], names: tuple[str, ...], rows: list[Any])
         views[name][: len(column)] = column
 
 
-class AdmitLayout:
-    """The packed buffer that writes one request's sampling parameters into its slot."""
+class AdmitLayout(NamedTuple):
+    """The packed buffer that writes one request's sampling parameters and block table into its slot."""
 
-    size = 8
+    table_width: int
 
-    @staticmethod
-    def pack(slot: int, spec: CoreRequest, seed: int) -> np.ndarray:
-        """int32 [8]: slot, seed (two words), sample index, top_k, and the bits of three floats."""
-        packed = np.empty(AdmitLayout.size, np.int32)
+    @property
+    def size(self) -> int:
+        return TABLE_AT + self.table_width
+
+    def pack(self, slot: int, spec: CoreRequest, seed: int, blocks: Sequence[int]) -> np.ndarray:
+        """int32 [size]: slot, seed (two words), sample index, top_k, three floats' bits, block table."""
+        packed = np.zeros(self.size, np.int32)
         packed[0] = slot
         packed[1:3] = np.array([seed & 2**64 - 1], np.uint64).view(np.int32)
         packed[3] = spec.sample_index
         packed[4] = min(max(spec.top_k, 0), 2**31 - 1)
-        packed[5:8].view(np.float32)[:] = spec.temperature, spec.top_p, spec.min_p
+        packed[5:TABLE_AT].view(np.float32)[:] = spec.temperature, spec.top_p, spec.min_p
+        packed[TABLE_AT : TABLE_AT + len(blocks)] = blocks
         return packed

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import platform
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 
-from jaxserve.loading.hub import home
+from jaxserve import processor
+from jaxserve.home import home
 
 _here = threading.local()
 _lock = threading.Lock()
@@ -67,14 +67,8 @@ def compiler_options(platform: str, dtype: jnp.dtype) -> dict[str, str | bool]:
 
 def cache_dir() -> Path:
     """Where this machine's compiled programs are: programs hold machine code for one kind of processor."""
-    facts = [jax.__version__, platform.machine(), _cpu_flags(), os.environ.get("XLA_FLAGS", "")]
+    facts = [jax.__version__, processor.identity(), os.environ.get("XLA_FLAGS", "")]
     return home() / "compiled" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-
-
-def _cpu_flags() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        return next((line for line in info if line.startswith("flags")), "")
-    return platform.processor()
 
 
 def _on_event(event: str, **_: object) -> None:

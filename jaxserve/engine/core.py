@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
-from jaxserve.engine.batch import AdmitLayout
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.devices import make_mesh, platform_of, pool_blocks, weight_type
+from jaxserve.engine.kernels import choose_kernels, prepare_kernels
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs, Shapes
@@ -54,8 +54,8 @@ class EngineCore:
         dummy = config.load_format == "dummy"
         checkpoint = open_checkpoint(resolve(config.model), tensors=not dummy)
         dtype = weight_type(config.dtype, checkpoint.config, platform)
-        attention = platform.attention if config.attention == "auto" else config.attention
-        self.model = LoadedModel(checkpoint.config, mesh, dtype, attention)
+        prepare_kernels(config, mesh, dtype)
+        self.model = LoadedModel(checkpoint.config, mesh, dtype)
         length = _max_model_len(config, self.model)
         if dummy:
             self.model.fill(config.seed)
@@ -64,11 +64,13 @@ class EngineCore:
         self.shapes = _shapes(config, self.model, device, length)
         self.hello = _hello(self.model, self.shapes, length)
         self.steps = 0
-        self._programs = Programs(self.model, self.shapes, platform.smallest_decode)
+        kernels = choose_kernels(config, mesh, dtype)
+        smallest_decode = 1 if kernels.matmul == "cpu" else platform.smallest_decode
+        self._programs = Programs(self.model, self.shapes, kernels, smallest_decode)
+        self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()
-        self._kv, self._slots = self._programs.empty_state()
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
-        self._scheduler = Scheduler(self._pool, self.shapes.max_num_seqs)
+        self._scheduler = Scheduler(self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching)
         self._flights: deque[Flight] = deque()
         self._random = random.Random(config.seed + replica)
         self._refused: list[CoreOutput] = []
@@ -135,6 +137,8 @@ class EngineCore:
             "block_size": self._pool.block_size,
             "steps": self.steps,
             "preemptions": self._scheduler.preemptions,
+            "prefix_cache_queries": self._pool.cache.queries,
+            "prefix_cache_hits": self._pool.cache.hits,
             "prompt_tokens": self._tokens["prompt"],
             "generation_tokens": self._tokens["generation"],
             "padding_tokens": self._tokens["padding"],
@@ -145,6 +149,10 @@ class EngineCore:
             "compile_cache_misses": compiles["cache_misses"],
         }
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what finished and running sequences left for others."""
+        self._pool.cache.clear()
+
     def close(self) -> None:
         """Stop compiling and let go of the device's memory."""
         self._programs.close()
@@ -154,7 +162,8 @@ class EngineCore:
     def _dispatch(self, schedule: Schedule) -> Flight:
         for request in schedule.admitted:
             assert request.slot is not None and request.spec.seed is not None
-            packed = AdmitLayout.pack(request.slot, request.spec, request.spec.seed)
+            layout = self._programs.admit_layout
+            packed = layout.pack(request.slot, request.spec, request.spec.seed, request.blocks)
             self._slots = self._programs.admit(self._slots, packed)
         chunks = schedule.chunks
         tokens = sum(chunk.length for chunk in chunks)
@@ -194,6 +203,7 @@ class EngineCore:
                 output.stop_token = token
             if len(request.output) == 1:
                 self._tokens["prompt"] += len(request.spec.prompt)
+                output.cached_tokens = request.cached
             self._tokens["generation"] += 1
             outputs.append(output)
         return outputs
@@ -209,6 +219,7 @@ class EngineCore:
         for chunk in [chunk for flight in self._flights for chunk in flight.chunks]:
             chunk.request.inflight = 0
         self._flights.clear()
+        self._pool.cache.clear()
         for request in list(self._scheduler.running):
             request.inflight = 0
             self._scheduler.preempt(request)

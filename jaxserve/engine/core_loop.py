@@ -13,6 +13,7 @@ from jaxserve.engine.messages import (
     FromCore,
     Hello,
     Outputs,
+    ResetPrefixCache,
     Shutdown,
     Stats,
     StatsRequest,
@@ -36,6 +37,7 @@ class Core(Protocol):
     def step(self) -> list[CoreOutput]: ...
     def has_unfinished(self) -> bool: ...
     def stats(self) -> dict[str, Any]: ...
+    def reset_prefix_cache(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -83,6 +85,8 @@ class CoreLoop:
                     core.abort(message.id, message.keep)
                 case StatsRequest():
                     self._emit(Stats(core.stats()))
+                case ResetPrefixCache():
+                    core.reset_prefix_cache()
                 case Shutdown():
                     return False
 

@@ -33,7 +33,7 @@ class Engine:
         config = build(EngineConfig, {"model": model, **options})
         path = resolve(config.model)
         self.config = build(EngineConfig, {"model": path, **options})
-        self.tokenizer, eos = load_text_side(config, path, chat_template)
+        self.tokenizer, eos, self._sampling_defaults = load_text_side(config, path, chat_template)
         with contextlib.ExitStack() as made:  # a replica that cannot start takes the others with it
             self._cores = []
             for i in range(parse_mesh(config.mesh).data):
@@ -56,6 +56,10 @@ class Engine:
         """Outputs of all others, for `step`."""
         self._ids = itertools.count()
 
+    def default_params(self, **given: Any) -> SamplingParams:
+        """These parameters, and for the rest what the model's makers recommend. Raises InvalidRequest."""
+        return SamplingParams(**{**self._sampling_defaults, **given})
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -64,13 +68,13 @@ class Engine:
     ) -> list[RequestOutput]:
         """Complete the prompts, all in one batch; outputs in the order of the prompts.
 
-        One prompt or a list; one SamplingParams or one per prompt. Raises InvalidRequest, before anything
-        runs, for a prompt or parameter that cannot be served.
+        One prompt or a list; one SamplingParams or one per prompt, without them `default_params()`. Raises
+        InvalidRequest, before anything runs, for a prompt or parameter that cannot be served.
         """
         one = isinstance(prompts, str | dict) or is_token_ids(prompts)
         many = cast(list[Prompt], [prompts] if one else list(prompts))
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(many)
+            params = [params or self.default_params()] * len(many)
         if len(params) != len(many):
             raise InvalidRequest(f"{len(many)} prompts but {len(params)} SamplingParams", "params")
         ids: list[str] = []
@@ -87,7 +91,7 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
         """Yield what each step adds to one prompt's completion. Closing the iterator aborts the request."""
-        request_id = self.add_request(prompt, _with_kind(params or SamplingParams(), "delta"))
+        request_id = self.add_request(prompt, _with_kind(params or self.default_params(), "delta"))
         yield from self._outputs([request_id])
 
     def add_request(
@@ -95,7 +99,7 @@ class Engine:
     ) -> str:
         """Queue a request for `step`; its id. Raises InvalidRequest."""
         request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        given = parse_prompt(prompt)
+        given, cache_salt = parse_prompt(prompt)
         if isinstance(given, str):
             if self.tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
@@ -103,7 +107,8 @@ class Engine:
         else:
             text, tokens = None, given
         core = min(self._cores, key=lambda core: core.unfinished)
-        for request in self._processor.add(request_id, text, tokens, params or SamplingParams()):
+        params = params or self.default_params()
+        for request in self._processor.add(request_id, text, tokens, params, cache_salt):
             core.add(request)
         self._core_of[request_id] = core
         return request_id
@@ -128,6 +133,11 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start, added up over the replicas."""
         return add_up(core.stats() for core in self._cores)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the prompts and outputs that later ones could have begun with."""
+        for core in self._cores:
+            core.reset_prefix_cache()
 
     def wait_until_warm(self, timeout: float | None = None) -> bool:
         """Wait until every program is compiled; whether that is so."""
@@ -204,6 +214,9 @@ class LLM(Engine):
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         return super().generate(prompts, sampling_params, use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return self.default_params()
 
 
 def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:

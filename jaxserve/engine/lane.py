@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +35,13 @@ class Lane:
         self.reason: str | None = None
         """Why the core died last."""
         self.gone = False
+        self.restarts = 0
+        """How often the core died and was started again."""
         self.hello: Hello | None = None
         self.streams: dict[str, Stream] = {}
         self._make_processor = make_processor
         self._processor: OutputProcessor | None = None
-        self._replies: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._asking: set[asyncio.Future[dict[str, Any]]] = set()
         self._clock = clock
         self._progress = clock()
 
@@ -53,12 +54,14 @@ class Lane:
         """How long it has had requests without finishing a step."""
         return self._clock() - self._progress if self.streams else 0.0
 
-    def add(self, request_id: str, text: str | None, ids: list[int], params: SamplingParams) -> Stream:
+    def add(
+        self, request_id: str, text: str | None, ids: list[int], params: SamplingParams, cache_salt: str
+    ) -> Stream:
         """Start a request on a core that is ready. Raises `InvalidRequest`."""
         if self._processor is None:
             assert self.hello is not None
             self._processor = self._make_processor(self.hello)
-        requests = self._processor.add(request_id, text, ids, params)
+        requests = self._processor.add(request_id, text, ids, params, cache_salt)
         if not self.streams:
             self._progress = self._clock()
         stream = self.streams[request_id] = asyncio.Queue()
@@ -73,10 +76,14 @@ class Lane:
                 self.replica.send(abort)
 
     async def stats(self) -> dict[str, Any]:
+        """Of a core that is ready. Raises `EngineDied`; of a core that is stuck there is no answer."""
         reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._replies.append(reply)
+        self._asking.add(reply)
         self.replica.send(StatsRequest())
-        return await reply
+        try:
+            return await reply
+        finally:
+            self._asking.discard(reply)
 
     def handle(self, message: FromCore | Died) -> None:
         match message:
@@ -89,11 +96,11 @@ class Lane:
             case Hello():
                 self.hello = message
             case Stats():
-                reply = self._replies.popleft()
-                if not reply.done():
+                for reply in self._pending():  # one answer is news to all who ask
                     reply.set_result(message.values)
             case Died():
                 self.reason, self.gone = message.reason, message.for_good
+                self.restarts += not message.for_good
                 self.end(f"the engine died: {message.reason}")
 
     def end(self, reason: str) -> None:
@@ -103,10 +110,11 @@ class Lane:
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.put_nowait(EngineDied(reason))
-        replies, self._replies = self._replies, deque()
-        for reply in replies:
-            if not reply.done():
-                reply.set_exception(EngineDied(reason))
+        for reply in self._pending():
+            reply.set_exception(EngineDied(reason))
+
+    def _pending(self) -> list[asyncio.Future[dict[str, Any]]]:
+        return [reply for reply in self._asking if not reply.done()]
 
     def _process(self, message: Outputs) -> None:
         if self._processor is None:

@@ -28,6 +28,8 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     logprobs: int | None = None
     stop_token_ids: list[int] = []
     """Tokens that end the sequence (end-of-sequence tokens among them unless ignored)."""
+    cache_salt: str = ""
+    """Only requests with the same salt share the prefix cache."""
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -39,6 +41,10 @@ class Abort(msgspec.Struct, tag="abort"):
 
 
 class StatsRequest(msgspec.Struct, tag="stats"):
+    pass
+
+
+class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache"):
     pass
 
 
@@ -64,6 +70,8 @@ class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    cached_tokens: int | None = None
+    """With the first token: how much of the prompt the prefix cache had."""
     error: str | None = None
 
 
@@ -95,5 +103,5 @@ class Stats(msgspec.Struct, tag="stats_reply"):
     values: dict[str, Any]
 
 
-ToCore = CoreRequest | Abort | StatsRequest | Shutdown
+ToCore = CoreRequest | Abort | StatsRequest | ResetPrefixCache | Shutdown
 FromCore = Outputs | Status | Hello | Stats

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
 from jaxserve.engine.compilation import compiler_options
+from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
@@ -59,11 +60,12 @@ def ladder(shapes: Shapes, smallest_decode: int) -> list[Bucket]:
 class Programs:
     """Compiled programs by shape. `start` returns when the first can serve; `warm` is set after the last."""
 
-    def __init__(self, model: LoadedModel, shapes: Shapes, smallest_decode: int):
+    def __init__(self, model: LoadedModel, shapes: Shapes, kernels: Kernels, smallest_decode: int):
         self.shapes = shapes
+        self.admit_layout = AdmitLayout(shapes.table_width)
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
-        self._functions = model.functions()
+        self._functions = model.functions(kernels)
         self._mesh = model.mesh
         self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
         weights: list[Any] = model.weights
@@ -71,14 +73,6 @@ class Programs:
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
-        self._forward: dict[Bucket, Any] = {}
-        self._sample: dict[tuple[int, Variant], Any] = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
-
-    def start(self) -> None:
-        """Compile what serves any request, then the rest in the background."""
-        self.admit = self._compile(admit, self._slots, self._array(AdmitLayout.size))
         state = (self._kv, self._slots)
         # held like the others: after a failed step the state is made anew, while requests wait
         self._empty = self._compile(
@@ -86,6 +80,14 @@ class Programs:
             donate=(),
             out=jax.tree.map(lambda x: x.sharding, state),
         )
+        self._forward: dict[Bucket, Any] = {}
+        self._sample: dict[tuple[int, Variant], Any] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
+
+    def start(self) -> None:
+        """Compile what serves any request, then the rest in the background."""
+        self.admit = self._compile(admit, self._slots, self._array(self.admit_layout.size))
         self._todo = iter(self._plan())
         while not self._forward or not self._sample:
             next(self._todo)()

@@ -1,6 +1,7 @@
 """The state of one sequence from arrival to its last token."""
 
 from jaxserve.engine.messages import CoreRequest
+from jaxserve.engine.prefix_cache import Node
 from jaxserve.outputs import FinishReason
 
 
@@ -8,7 +9,8 @@ class Request:
     """One sequence: its tokens, and how far the device has come with them."""
 
     __slots__ = (
-        "arrival", "blocks", "computed", "finish_reason", "inflight", "output", "preemptions", "slot", "spec"
+        *("arrival", "blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight"),
+        *("output", "preemptions", "slot", "spec"),
     )
 
     def __init__(self, spec: CoreRequest, arrival: int):
@@ -23,6 +25,12 @@ class Request:
         self.slot: int | None = None
         """Its place in the device's request state while it runs."""
         self.blocks: list[int] = []
+        self.cached: int | None = None
+        """Tokens of the prompt that the prefix cache had when it first ran; None before."""
+        self.committed = 0
+        """Its first blocks that the prefix cache knows."""
+        self.chain: Node = spec.cache_salt
+        """Where the cache's next entry for it belongs."""
         self.finish_reason: FinishReason | None = None
         self.preemptions = 0
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.messages import CoreRequest
+from jaxserve.engine.prefix_cache import Node
 from jaxserve.engine.request import Request
 from jaxserve.outputs import FinishReason
 
@@ -44,13 +45,16 @@ class Schedule(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, max_num_seqs: int):
+    def __init__(self, pool: BlockPool, max_num_seqs: int, prefix_cache: bool = True):
         self.pool = pool
+        self.prefix_cache = prefix_cache
         self.waiting: deque[Request] = deque()
         """In order of arrival, and all of them newer than those that run."""
         self.running: list[Request] = []
         """In order of arrival."""
         self.preemptions = 0
+        self._refused: tuple[Request, int] | None = None
+        """Who was looked up in the cache and did not fit, and how many blocks were free then."""
         self._requests: dict[str, Request] = {}
         self._slots = deque(range(max_num_seqs))
         self._arrivals = 0
@@ -89,9 +93,6 @@ class Scheduler:
         chunks = [self._chunk(request, length) for request, length in lengths.items()]
         admitted = self._admit(limits.seqs, budget)
         chunks += admitted
-        for chunk in chunks:
-            chunk.request.computed += chunk.length
-            chunk.request.inflight += chunk.samples
         chunks.sort(key=lambda chunk: chunk.length > 1)
         return Schedule(chunks, [chunk.request for chunk in admitted])
 
@@ -101,6 +102,7 @@ class Scheduler:
         if request.finish_reason is not None:
             return None
         request.output.append(token)
+        self._commit(request)
         if token in request.spec.stop_token_ids:
             self.finish(request, "stop")
         elif len(request.output) >= request.spec.max_tokens:
@@ -156,7 +158,10 @@ class Scheduler:
         while self.waiting and budget > 0 and self._slots and len(self.running) < seqs:
             request = self.waiting[0]
             # a preempted request needs its token that is still in flight
-            if request.inflight or self.pool.blocks_for(request.length) > self.pool.free:
+            if request.inflight or (request, self.pool.free) == self._refused:
+                break
+            if not self._take_cached(request):
+                self._refused = request, self.pool.free
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -165,20 +170,60 @@ class Scheduler:
             budget -= admitted[-1].length
         return admitted
 
+    def _take_cached(self, request: Request) -> bool:
+        """Give a waiting request the blocks that the cache has for it, unless the others it needs do not fit.
+
+        Its last token is computed in any case: that gives the next one. Blocks are committed as soon as
+        the step that writes them is planned: steps run in that order, and a step writes before it reads.
+        """
+        pool, size = self.pool, self.pool.block_size
+        blocks: list[int] = []
+        chain: Node = request.spec.cache_salt
+        if self.prefix_cache:
+            tokens = request.tokens(0, request.length - 1)
+            blocks, chain = pool.cache.match(request.spec.cache_salt, tokens, size)
+        revived = sum(not pool.references(block) for block in blocks)
+        if pool.blocks_for(request.length) - len(blocks) + revived > pool.free:
+            return False
+        pool.share(blocks)
+        request.blocks, request.chain, request.committed = blocks, chain, len(blocks)
+        request.computed = len(blocks) * size
+        if request.cached is None:
+            request.cached = request.computed
+            if self.prefix_cache:
+                pool.cache.queries += len(request.spec.prompt)
+                pool.cache.hits += request.cached
+        return True
+
+    def _commit(self, request: Request) -> None:
+        """Let the cache know the request's full blocks whose tokens the host knows."""
+        size = self.pool.block_size
+        full = min(request.computed, request.known) // size
+        if not self.prefix_cache or request.slot is None:
+            return
+        for i in range(request.committed, full):
+            tokens = request.tokens(i * size, size)
+            request.chain = self.pool.cache.commit(request.chain, tokens, request.blocks[i])
+            request.committed = i + 1
+
     def _new_blocks(self, request: Request, length: int) -> int:
         """Blocks that the request's next `length` tokens need beyond those it has."""
         return max(0, self.pool.blocks_for(request.computed + length) - len(request.blocks))
 
     def _chunk(self, request: Request, length: int) -> Chunk:
-        """The request's next `length` tokens, with blocks that are known to be free."""
+        """The request's next `length` tokens, counted as dispatched; the blocks they need must be free."""
         start = request.computed
         new = self.pool.allocate(self._new_blocks(request, length))
         assert new is not None
         request.blocks += new
-        return Chunk(request, start, length, new, start + length == request.length)
+        samples = start + length == request.length
+        request.computed += length
+        request.inflight += samples
+        self._commit(request)
+        return Chunk(request, start, length, new, samples)
 
     def _vacate(self, request: Request) -> None:
-        self.pool.release(request.blocks)
+        self.pool.release(reversed(request.blocks))  # the end of a chain is worth least
         request.blocks = []
         assert request.slot is not None
         self._slots.append(request.slot)

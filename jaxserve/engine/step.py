@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.engine.batch import FROM_DEVICE, StepLayout
+from jaxserve.engine.batch import FROM_DEVICE, TABLE_AT, StepLayout
 from jaxserve.engine.sampling import RowParams, Sampled, Variant
 from jaxserve.engine.sampling import sample as choose
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, ragged_meta
@@ -44,12 +44,12 @@ class Slots(NamedTuple):
 
 
 def admit(slots: Slots, packed: jax.Array) -> Slots:
-    """Write one request's sampling parameters (see AdmitLayout) into its slot."""
-    floats = lax.bitcast_convert_type(packed[5:8], jnp.float32)
+    """Write one request's sampling parameters and block table (see AdmitLayout) into its slot."""
+    floats = lax.bitcast_convert_type(packed[5:TABLE_AT], jnp.float32)
     seed = lax.bitcast_convert_type(packed[1:3], jnp.uint32)
     new = RowParams(floats[0], floats[1], floats[2], packed[4], seed, packed[3])
     params = RowParams(*(old.at[packed[0]].set(value) for old, value in zip(slots.params, new, strict=True)))
-    return slots._replace(params=params)
+    return slots._replace(params=params, tables=slots.tables.at[packed[0]].set(packed[TABLE_AT:]))
 
 
 class Model(NamedTuple):

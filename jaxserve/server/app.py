@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
-from jaxserve.server import health
+from jaxserve.server import health, metrics, prefix_cache
 from jaxserve.server.auth import Auth
 from jaxserve.server.errors import ApiError, answer
 from jaxserve.server.openai import routes as openai_routes
@@ -19,7 +19,12 @@ def build_app(config: ServerConfig, state: ServerState) -> Starlette:
     """Raises `ConfigError` for options that cannot be."""
     answered = (ApiError, InvalidRequest, EngineDied, HTTPException, Exception)
     app = Starlette(
-        routes=health.routes(state) + openai_routes.routes(state),
+        routes=[
+            *health.routes(state),
+            *metrics.routes(state),
+            *prefix_cache.routes(state),
+            *openai_routes.routes(state),
+        ],
         middleware=_middleware(config),
         exception_handlers=dict.fromkeys(answered, answer),
     )

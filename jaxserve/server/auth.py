@@ -20,7 +20,11 @@ class Auth:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._known(_key(Headers(scope=scope))):
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self._app(scope, receive, send)
+            return
+        if self._known(key := _key(Headers(scope=scope))):
+            scope.setdefault("state", {})["tenant"] = _digest(key.encode("latin-1")).hex()
             await self._app(scope, receive, send)
             return
         error = ApiError(

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -12,8 +12,17 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.server.body import read_json
 from jaxserve.server.state import ServerState
 
-Handler = Callable[[ServerState, dict[str, Any], str], Awaitable[Response]]
-"""(state, the body's JSON object, request id) -> response"""
+
+class Caller(NamedTuple):
+    """What a request's headers say."""
+
+    request_id: str
+    tenant: str
+    """Different for each API key; empty without one."""
+
+
+Handler = Callable[[ServerState, dict[str, Any], Caller], Awaitable[Response]]
+"""(state, the body's JSON object, caller) -> response"""
 
 
 class EngineEndpoint:
@@ -39,7 +48,8 @@ class EngineEndpoint:
                 work.result()
 
     async def _answer(self, fields: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._handler(self._state, fields, scope["state"]["request_id"])
+        caller = Caller(scope["state"]["request_id"], scope["state"].get("tenant", ""))
+        response = await self._handler(self._state, fields, caller)
         await response(scope, receive, send)
 
 

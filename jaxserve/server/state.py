@@ -1,5 +1,6 @@
 """What the routes share: the engine, its names, and whether requests are let in."""
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ class ServerState:
         self.engine = engine
         self.model_names = config.served_model_name or [config.model]
         self.max_body_size = config.max_body_size
+        self.share_prefix_cache = config.share_prefix_cache
         self.started = int(time.time())
         self.draining = False
         self.in_flight = 0
@@ -35,6 +37,12 @@ class ServerState:
             yield
         finally:
             self.in_flight -= 1
+
+    def cache_salt(self, tenant: str, wanted: str | None) -> str:
+        """What keeps a caller's prompts apart in the prefix cache: the time of an answer tells whether a
+        prompt was there before."""
+        salt = f"{'' if self.share_prefix_cache else tenant}/{wanted or ''}"
+        return hashlib.sha256(salt.encode()).hexdigest()
 
     def check_model(self, name: str | None) -> str:
         """The model's name for the response. Raises a 404 for a name that is not served."""

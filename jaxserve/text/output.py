@@ -41,12 +41,18 @@ class OutputProcessor:
         return bool(self._requests)
 
     def add(
-        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str = "",
     ) -> list[CoreRequest]:
         """The core requests, with ids `request_id#0` … `request_id#n-1`.
 
         Raises InvalidRequest for what the model, its context or its pool cannot take.
         """
+        prompt_token_ids = list(prompt_token_ids)  # the caller may go on to change it
         if request_id in self._requests:
             raise InvalidRequest(f"request_id {request_id!r} is already in use", "request_id")
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
@@ -74,6 +80,7 @@ class OutputProcessor:
                 sample_index=i,
                 logprobs=params.logprobs,
                 stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
+                cache_salt=cache_salt,
             )
             for i in range(params.n)
         ]
@@ -90,6 +97,8 @@ class OutputProcessor:
                 continue
             request, sequence = self._sequences[out.id]
             touched[request.id] = request
+            if out.cached_tokens is not None and sequence.index == 0:  # the others share its prompt
+                request.cached_tokens = out.cached_tokens
             if out.finish_reason == "error":
                 request.fail(out.error or "the engine gave no reason")
                 aborts += [Abort(id) for id in self._drop(request) if id != out.id]
@@ -164,6 +173,7 @@ class _Request:
         self.kind = params.output_kind
         self.sequences: list[OutputSequence] = []
         self.error: str | None = None
+        self.cached_tokens = 0
         self._told: set[int] = set()  # sequences whose end a delta has carried
 
     def core_id(self, index: int) -> str:
@@ -192,4 +202,5 @@ class _Request:
             outputs=[sequence.take(clear=self.kind == "delta") for sequence in sequences],
             finished=finished,
             error=self.error,
+            num_cached_tokens=self.cached_tokens,
         )

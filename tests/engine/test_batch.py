@@ -99,16 +99,19 @@ def test_admission(seed):
     spec = CoreRequest(
         id="a", prompt=[1], max_tokens=1, temperature=0.7, top_p=0.9, min_p=0.1, top_k=40, sample_index=3
     )
-    packed = AdmitLayout.pack(6, spec, seed)
-    assert packed.dtype == np.int32 and packed.shape == (AdmitLayout.size,)
+    layout = AdmitLayout(table_width=5)
+    packed = layout.pack(6, spec, seed, [9, 7])
+    assert packed.dtype == np.int32 and packed.shape == (layout.size,)
     assert packed[[0, 3, 4]].tolist() == [6, 3, 40]
     assert packed[1:3].view(np.uint64).tolist() == [seed % 2**64]
-    assert packed[5:].view(np.float32).tolist() == np.float32([0.7, 0.9, 0.1]).tolist()
+    assert packed[5:8].view(np.float32).tolist() == np.float32([0.7, 0.9, 0.1]).tolist()
+    assert packed[8:].tolist() == [9, 7, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("top_k", "packed"), [(-1, 0), (0, 0), (2**31, 2**31 - 1), (10**30, 2**31 - 1)])
 def test_any_top_k_can_be_admitted(top_k, packed):
-    assert AdmitLayout.pack(0, CoreRequest(id="a", prompt=[1], max_tokens=1, top_k=top_k), 0)[4] == packed
+    spec = CoreRequest(id="a", prompt=[1], max_tokens=1, top_k=top_k)
+    assert AdmitLayout(1).pack(0, spec, 0, [])[4] == packed
 
 
 def test_bucket_names():

@@ -60,12 +60,14 @@ def test_too_many_takes_nothing():
     assert sorted(pool.allocate(3)) == [1, 2, 3]
 
 
-def test_blocks_are_reused_in_the_order_they_were_freed():
-    pool = BlockPool(4, 16)
-    first, second, third = pool.allocate(3)
-    pool.release([second])
-    pool.release([third, first])
-    assert pool.allocate(3) == [second, third, first]
+def test_blocks_of_the_cache_are_reused_last_and_in_the_order_they_were_freed():
+    pool = BlockPool(6, 1)
+    known = pool.allocate(3)
+    for token, block in enumerate(known):
+        pool.cache.commit("", [token], block)
+    unknown = pool.allocate(2)
+    pool.release([known[1], unknown[0], known[2], unknown[1], known[0]])
+    assert pool.allocate(5) == [unknown[1], unknown[0], known[1], known[2], known[0]]
 
 
 @pytest.mark.parametrize("use", [BlockPool.share, BlockPool.release])

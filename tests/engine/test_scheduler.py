@@ -1,206 +1,24 @@
-"""The scheduler in an engine without a device: the real packing over a toy model in plain Python.
-
-The toy model's next token is a function of all tokens before it, which it reads out of the pool through
-the block tables, so a wrong block, slot, position or token anywhere changes what a request generates.
-"""
+"""The scheduler's promises, kept over random traffic and in the corners."""
 
 import random
 import subprocess
 import sys
-import zlib
-from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.batch import FROM_DEVICE, Bucket, StepLayout
-from jaxserve.engine.blocks import DUMMY, BlockPool
-from jaxserve.engine.messages import CoreRequest
-from jaxserve.engine.request import Request
-from jaxserve.engine.scheduler import Chunk, Limits, Schedule, Scheduler
+from jaxserve.engine.scheduler import Limits
 
-VOCAB = 40
-LOST = None
-
-
-def next_token(tokens: list[int]) -> int:
-    return zlib.crc32(bytes(tokens)) % VOCAB
-
-
-def expected_output(spec: CoreRequest) -> list[int]:
-    output: list[int] = []
-    while len(output) < spec.max_tokens:
-        output.append(next_token(spec.prompt + output))
-        if output[-1] in spec.stop_token_ids:
-            break
-    return output
-
-
-class ToyDevice:
-    """Runs packed steps in the order they are dispatched, as the compiled programs do."""
-
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int):
-        self.block_size = block_size
-        self.pool = [[LOST] * block_size for _ in range(num_blocks)]
-        self.tables = [dict[int, int]() for _ in range(max_num_seqs + 1)]
-        self.last_token = [LOST] * (max_num_seqs + 1)
-
-    def run(self, layout: StepLayout, packed) -> list[int | None]:
-        """The token of every row; garbage where the row does not sample."""
-        step = {name: view.tolist() for name, view in layout.fields(packed).items()}
-        dummy = len(self.tables) - 1
-        for slot, index, block in zip(
-            step["update_slot"], step["update_index"], step["update_block"], strict=True
-        ):
-            assert (slot == dummy) == (block == DUMMY)
-            self.tables[slot][index] = block
-        sampled, at = [], 0
-        for slot, start, length, samples in zip(
-            step["slots"], step["starts"], step["q_lens"], step["samples"], strict=True
-        ):
-            if not length:
-                assert (slot, samples) == (dummy, 0)
-                continue
-            table = self.tables[slot]
-            for position, token in enumerate(step["tokens"][at : at + length], start):
-                token = self.last_token[slot] if token == FROM_DEVICE else token
-                self.pool[table[position // self.block_size]][position % self.block_size] = token
-            at += length
-            context = [
-                self.pool[table[i // self.block_size]][i % self.block_size] for i in range(start + length)
-            ]
-            token = next_token(context) if LOST not in context else LOST
-            if samples:
-                self.last_token[slot] = token
-            sampled.append(token)
-        return sampled
-
-
-class ToyEngine:
-    """Turns the scheduler as the core does, with steps in flight, and checks its promises at every turn."""
-
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, depth: int = 1):
-        self.depth = depth
-        """Steps whose tokens are unread while the next one is planned."""
-        self.max_num_seqs = max_num_seqs
-        self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.pool, max_num_seqs)
-        self.device = ToyDevice(num_blocks, block_size, max_num_seqs)
-        self.flights: deque[list[tuple[Chunk, int | None]]] = deque()
-        self.requests: list[Request] = []
-        self._computed: dict[Request, int] = {}
-
-    def add(self, prompt: list[int], max_tokens: int, stop: list[int] = []) -> Request:  # noqa: B006
-        spec = CoreRequest(
-            id=str(len(self.requests)), prompt=prompt, max_tokens=max_tokens, stop_token_ids=stop
-        )
-        self.requests.append(self.scheduler.add(spec))
-        return self.requests[-1]
-
-    def step(self, limits: Limits) -> Schedule:
-        """Dispatch a step, then read the one that was dispatched `depth` steps before it."""
-        before = list(self.scheduler.running)
-        decoding = [request for request in before if request.pending == 1]
-        schedule = self.scheduler.schedule(limits)
-        self._check_schedule(schedule, limits, before, decoding)
-        if schedule.chunks:
-            bucket = Bucket(limits.tokens + 1, limits.seqs)
-            layout = StepLayout(bucket, self.pool.block_size)
-            packed = layout.pack(schedule.chunks, dummy_slot=self.max_num_seqs)
-            self.flights.append(list(zip(schedule.chunks, self.device.run(layout, packed), strict=True)))
-        if self.flights and (len(self.flights) > self.depth or not schedule.chunks):
-            for chunk, token in self.flights.popleft():
-                if chunk.samples:
-                    assert chunk.request.finish_reason or token is not LOST
-                    self.scheduler.append(chunk.request, token)
-        self.check_state(limits)
-        return schedule
-
-    def run(self, limits: Limits) -> None:
-        """Step until nothing is left."""
-        idle = 0
-        while self.scheduler.unfinished or self.flights:
-            idle = 0 if self.step(limits).chunks else idle + 1
-            assert idle <= self.depth + 1, "nothing moves"
-        self.check_finished()
-
-    def abort(self, request: Request) -> None:
-        self.scheduler.finish(request, "abort")
-
-    def lose_device(self) -> None:
-        """What the core does when a step fails: pool and slots are gone, all is recomputed."""
-        for chunk, _ in [item for flight in self.flights for item in flight]:
-            chunk.request.inflight = 0
-        self.flights.clear()
-        for request in list(self.scheduler.running):
-            self.scheduler.preempt(request)
-        self.device = ToyDevice(self.pool.num_blocks, self.pool.block_size, self.max_num_seqs)
-
-    def _check_schedule(
-        self, schedule: Schedule, limits: Limits, before: list[Request], decoding: list[Request]
-    ) -> None:
-        chunks, running = schedule.chunks, self.scheduler.running
-        scheduled = {chunk.request for chunk in chunks}
-        assert len(scheduled) == len(chunks) <= limits.seqs
-        assert sum(chunk.length for chunk in chunks) <= limits.tokens
-        singles = [chunk.length == 1 for chunk in chunks]
-        assert singles == sorted(singles, reverse=True)
-        for request in before:
-            if request not in running:
-                del self._computed[request]
-        self._computed.update(dict.fromkeys(schedule.admitted, 0))
-        for request, start, length, _, samples in chunks:
-            assert length > 0 and start == self._computed[request]
-            self._computed[request] += length
-            assert samples == (start + length == request.length - samples)
-        # the oldest stays, and whoever decodes and stays gets a token
-        assert before[:1] == running[: len(before[:1])]
-        assert scheduled.issuperset(request for request in decoding if request in running)
-        # older requests were not passed by those that came in
-        assert before[: len(running) - len(schedule.admitted)] + schedule.admitted == running
-        if not self.flights:
-            assert chunks or not self.scheduler.unfinished
-
-    def check_state(self, limits: Limits) -> None:
-        running, waiting = self.scheduler.running, self.scheduler.waiting
-        assert len(running) <= limits.seqs
-        arrivals = [request.arrival for request in [*running, *waiting]]
-        assert arrivals == sorted(set(arrivals))
-        assert self.scheduler.unfinished == len(arrivals)
-        slots = [request.slot for request in running]
-        assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.max_num_seqs))
-        assert all(request.slot is None and not request.blocks for request in waiting)
-        for request in running:
-            assert len(request.blocks) == self.pool.blocks_for(request.computed)
-            assert request.computed <= request.length
-        owned = [block for request in running for block in request.blocks]
-        assert len(set(owned)) == len(owned) == self.pool.used and DUMMY not in owned
-        assert all(self.pool.references(block) == 1 for block in owned)
-        for request in list(self._computed):
-            if request not in running:
-                del self._computed[request]
-
-    def check_finished(self) -> None:
-        """Nothing is left, and every request that was not aborted has exactly its tokens."""
-        assert self.pool.used == 0 and self.pool.free == self.pool.capacity
-        assert not self.scheduler.running and not self.scheduler.waiting
-        for request in self.requests:
-            wanted = expected_output(request.spec)
-            assert request.inflight == 0 and request.finish_reason is not None
-            if request.finish_reason == "abort":
-                assert request.output == wanted[: len(request.output)]
-            else:
-                assert request.output == wanted
-                stopped = bool(wanted) and wanted[-1] in request.spec.stop_token_ids
-                assert request.finish_reason == ("stop" if stopped else "length")
+from .toy_engine import VOCAB, ToyEngine, expected_output
 
 
 def play(rng: random.Random, steps: int) -> ToyEngine:
     """Random traffic over a random small engine: arrivals, aborts, lost devices, limits that grow."""
     block_size = rng.choice([1, 2, 3, 4, 16])
     max_num_seqs = rng.randint(1, 8)
-    engine = ToyEngine(rng.randint(2, 24), block_size, max_num_seqs, rng.choice([0, 1, 1, 2, 3]))
+    num_blocks = rng.choice([rng.randint(2, 24), rng.randint(2, 24), 60])
+    engine = ToyEngine(num_blocks, block_size, max_num_seqs, rng.choice([0, 1, 1, 2, 3]))
     room = engine.pool.capacity * block_size + 1
     most = Limits(max_num_seqs, max_num_seqs + rng.choice([0, 1, 3, 8, 64]))
     seqs = rng.randint(1, max_num_seqs)
@@ -212,17 +30,29 @@ def play(rng: random.Random, steps: int) -> ToyEngine:
             prompt = min(prompt, rng.choice([1, 4, 16, 256]))
             max_tokens = rng.randint(1, min(room - prompt, 24))
             stop = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 2]))]
-            engine.add([rng.randrange(VOCAB) for _ in range(prompt)], max_tokens, stop)
+            engine.add(_prompt(rng, engine, prompt), max_tokens, stop, rng.choice(["", "", "other"]))
         if rng.random() < 0.05:
             engine.abort(rng.choice(engine.requests)) if engine.requests else None
         if rng.random() < 0.01:
             engine.lose_device()
+        if rng.random() < 0.01:
+            engine.pool.cache.clear()
         if rng.random() < 0.1 and limits != most:
             seqs = rng.randint(limits.seqs, most.seqs)
             limits = Limits(seqs, rng.randint(max(seqs, limits.tokens), most.tokens))
         engine.step(limits)
     engine.run(limits)
     return engine
+
+
+def _prompt(rng: random.Random, engine: ToyEngine, length: int) -> list[int]:
+    """Random tokens, often after those of an earlier request and what was generated for it."""
+    known: list[int] = []
+    if engine.requests and rng.random() < 0.6:
+        earlier = rng.choice(engine.requests)
+        known = earlier.spec.prompt + earlier.output
+        known = known[: rng.randint(0, len(known))]
+    return (known + [rng.randrange(VOCAB) for _ in range(length)])[:length]
 
 
 @settings(max_examples=50, deadline=None)
@@ -232,14 +62,15 @@ def test_every_request_gets_its_tokens(rng):
 
 
 def test_thousands_of_steps():
-    preemptions = stopped = aborted = 0
+    preemptions = stopped = aborted = cached = 0
     for seed in range(60):
         engine = play(random.Random(seed), 150)
         preemptions += engine.scheduler.preemptions
+        cached += engine.pool.cache.hits
         stopped += sum(request.finish_reason == "stop" for request in engine.requests)
         aborted += sum(request.finish_reason == "abort" for request in engine.requests)
     # the traffic really went to where it hurts
-    assert preemptions > 500 and stopped > 100 and aborted > 100
+    assert preemptions > 500 and stopped > 100 and aborted > 100 and cached > 300
 
 
 def test_imports_neither_jax_nor_numpy():
@@ -388,3 +219,59 @@ def test_the_newest_gives_way_to_the_oldest():
     assert requests[0].preemptions == 0 and requests[2].preemptions == 1
     engine.run(limits)
     assert requests[0].preemptions == 0
+
+
+LIMITS = Limits(8, 64)
+
+
+def cached(engine: ToyEngine, *args, **options) -> int:
+    """Add one more request, run it, and say how much of its prompt the cache had."""
+    request = engine.add(*args, **options)
+    engine.run(LIMITS)
+    return request.cached
+
+
+def test_a_prompt_is_found_again_but_for_its_last_block():
+    engine = ToyEngine(num_blocks=50, block_size=4, max_num_seqs=8)
+    prompt = list(range(16))
+    assert cached(engine, prompt, 1) == 0
+    assert cached(engine, prompt, 1) == 12  # its last token gives the next one
+    assert cached(engine, [*prompt, 5], 1) == 16
+    assert cached(engine, [9, *prompt], 1) == 0
+    assert cached(engine, prompt, 1, salt="another tenant") == 0
+    engine.pool.cache.clear()
+    assert cached(engine, prompt, 1) == 0
+
+
+def test_the_next_turn_begins_with_what_was_generated():
+    engine = ToyEngine(num_blocks=50, block_size=4, max_num_seqs=8)
+    first = engine.add([1, 2, 3], 10)
+    engine.run(LIMITS)
+    # the last token was never fed back
+    assert cached(engine, [*first.spec.prompt, *first.output, 7], 4) == 12
+
+
+def test_sequences_of_one_prompt_share_its_blocks_from_the_first_step():
+    engine = ToyEngine(num_blocks=50, block_size=4, max_num_seqs=8)
+    requests = [engine.add([3] * 18, 3) for _ in range(5)]
+    schedule = engine.step(LIMITS)
+    assert [chunk.length for chunk in schedule.chunks] == [18, 2, 2, 2, 2]
+    assert engine.pool.used == 4 + 5
+    engine.run(LIMITS)
+    assert {request.cached for request in requests} == {0, 16}
+
+
+def test_the_least_recently_used_is_forgotten_first():
+    engine = ToyEngine(num_blocks=9, block_size=4, max_num_seqs=1)
+    old, new = [1] * 9, [2] * 9
+    cached(engine, old, 1)
+    cached(engine, new, 1)
+    assert cached(engine, old, 1) == 8
+    cached(engine, [3] * 16, 1)  # takes the free ones, then two blocks of the cache
+    assert cached(engine, old, 1) == 8
+    assert cached(engine, new, 1) < 8
+
+
+def test_without_the_cache_nothing_is_found():
+    engine = ToyEngine(num_blocks=50, block_size=4, max_num_seqs=8, prefix_cache=False)
+    assert [cached(engine, [1] * 16, 4) for _ in range(2)] == [0, 0]

@@ -1,5 +1,6 @@
 """admit, forward and sample over a model small enough to follow by hand: token t is followed by t + 1."""
 
+from collections.abc import Sequence
 from functools import cache, partial
 
 import jax
@@ -42,9 +43,9 @@ class Device:
         self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         seen.clear()
 
-    def admit(self, slot: int, seed: int = 0, **options) -> None:
+    def admit(self, slot: int, seed: int = 0, blocks: Sequence[int] = (), **options) -> None:
         spec = CoreRequest(id="a", prompt=[1], max_tokens=1, **options)
-        self.slots = admit_jit(self.slots, AdmitLayout.pack(slot, spec, seed))
+        self.slots = admit_jit(self.slots, AdmitLayout(WIDTH).pack(slot, spec, seed, blocks))
 
     def run(self, bucket: Bucket, chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """(sampled tokens, targets) of a step."""

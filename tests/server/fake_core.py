@@ -79,7 +79,18 @@ class FakeCore:
         return bool(self.running)
 
     def stats(self):
-        return {"running": len(self.running), "steps": self.steps}
+        counted = ("waiting", "blocks_used", "preemptions", "programs", "compiles_on_request_path")
+        counted += ("prefix_cache_queries", "prefix_cache_hits")
+        counted += ("prompt_tokens", "generation_tokens", "padding_tokens")
+        counted += ("compile_cache_hits", "compile_cache_misses")
+        return dict.fromkeys(counted, 0) | {
+            "running": len(self.running),
+            "steps": self.steps,
+            "blocks_total": 1,
+        }
+
+    def reset_prefix_cache(self):
+        self.note("reset_prefix_cache", "")
 
     def close(self):
         self.note("close", "")

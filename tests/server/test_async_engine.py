@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,61 @@ def test_requests_go_to_the_replica_with_the_fewest(make):
     assert asyncio.run(main()) == ([3, 3], 6)
 
 
+def test_stats_of_a_replica_wait_neither_for_one_that_loads_nor_for_one_that_is_stuck(make):
+    loading, stuck = threading.Event(), threading.Event()
+
+    class Loads(fake_core.FakeCore):
+        def __init__(self, config, replica=0):
+            loading.wait()
+            super().__init__(config, replica)
+
+    class Sticks(fake_core.FakeCore):
+        def step(self):
+            stuck.wait()
+            return super().step()
+
+    async def main():
+        engine = make(Sticks, Loads)
+        assert await engine.replica_stats() == {}  # and nothing is started
+        assert engine._starting is None
+        starting = asyncio.create_task(engine.start())
+        while not engine.ready:
+            await asyncio.sleep(0.01)
+        assert list(await engine.replica_stats()) == [0] and not starting.done()
+        loading.set()
+        await starting
+        assert list(await engine.replica_stats()) == [0, 1]
+        answer = asyncio.create_task(anext(engine.generate("Hello", DELTA)))
+        while not engine._lanes[0].streams:
+            await asyncio.sleep(0.01)
+        assert list(await engine.replica_stats()) == [1]
+        assert not engine._lanes[0]._asking, "questions without an answer pile up"
+        stuck.set()
+        await answer
+        assert list(await engine.replica_stats()) == [0, 1]
+        await engine.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        loading.set(), stuck.set()
+
+
+def test_stats_leave_out_a_replica_that_dies_meanwhile(make):
+    class Dies(fake_core.FakeCore):
+        def stats(self):
+            raise ValueError("broken stats")
+
+    async def main():
+        async with make(fake_core.FakeCore, Dies) as engine:
+            assert list(await engine.replica_stats()) == [0]
+
+        async with make(fake_core.FakeCore, Dies) as engine:
+            assert (await engine.stats())["blocks_total"] == 1
+
+    asyncio.run(main())
+
+
 def test_a_core_that_breaks_fails_its_requests_and_the_engine(make):
     async def main():
         engine = make(Breaks)
@@ -218,7 +274,7 @@ def test_a_lane_with_work_and_no_steps_is_stalled():
     lane.handle(Status(state="ready", steps=1))
     now = 100.0
     assert lane.stalled_seconds == 0  # nothing to do
-    lane.add("a", None, [1], SamplingParams())
+    lane.add("a", None, [1], SamplingParams(), "")
     now = 130.0
     lane.handle(Status(state="ready", steps=1))
     assert lane.stalled_seconds == 30

@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequest
+from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs
 from jaxserve.server.openai.requests import ChatRequest, parse_chat
@@ -31,16 +32,18 @@ RENDER_INLINE = 4096
 """Longest conversation, in characters, that is rendered and tokenised on the event loop."""
 
 
-async def chat(state: ServerState, body: dict[str, Any], request_id: str) -> Response:
+async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
     request = parse_chat(body)
     model = state.check_model(request.model)
     tokenizer = state.engine.tokenizer
     if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", "messages")
-    params = request.params()
+    params = request.params(state.engine.default_params)
     prompt = await _render(tokenizer, request)
-    generation = Generation(state.engine, [prompt], params, request.written | {"prompt": "messages"})
-    reply = _Reply(f"chatcmpl-{request_id}", model, request, tokenizer, generation)
+    cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
+    written = request.written | {"prompt": "messages"}
+    generation = Generation(state.engine, [prompt], cache_salt, params, written)
+    reply = _Reply(f"chatcmpl-{caller.request_id}", model, request, tokenizer, generation)
     return await event_stream(reply.chunks()) if request.stream else await reply.whole()
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, RequestOutput
+from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
 from jaxserve.server.openai.requests import CompletionRequest, parse_completion
@@ -22,15 +23,17 @@ from jaxserve.text.tokenizer import Tokenizer
 MAX_PROMPTS = 2048
 
 
-async def complete(state: ServerState, body: dict[str, Any], request_id: str) -> Response:
+async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
     request = parse_completion(body)
     model = state.check_model(request.model)
     prompts = _prompts(request.prompt)
     written = {"prompt": "prompt[0]"} if _is_batch(request.prompt) else {}
-    params = request.params()
-    generation = Generation(state.engine, prompts, params, written)
+    params = request.params(state.engine.default_params)
+    cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
+    generation = Generation(state.engine, prompts, cache_salt, params, written)
     tokenizer = state.engine.tokenizer
-    reply = _Reply(f"cmpl-{request_id}", model, request, generation, tokenizer, params.skip_special_tokens)
+    id = f"cmpl-{caller.request_id}"
+    reply = _Reply(id, model, request, generation, tokenizer, params.skip_special_tokens)
     return await event_stream(reply.chunks()) if request.stream else await reply.whole()
 
 

@@ -38,7 +38,6 @@ SAMPLING: NoOps = {
     "guided_whitespace_pattern": (),
     "priority": (0,),
     "echo": (False,),
-    "cache_salt": (),
     "request_id": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),

@@ -23,6 +23,7 @@ class Generation:
         self,
         engine: AsyncEngine,
         prompts: Sequence[str | list[int]],
+        cache_salt: str,
         params: SamplingParams,
         written: dict[str, str],
     ):
@@ -30,6 +31,7 @@ class Generation:
         self.usage = Usage()
         self._engine = engine
         self._prompts = prompts
+        self._cache_salt = cache_salt
         self._params = params
         self._written = written
 
@@ -50,7 +52,9 @@ class Generation:
     async def _run(self, i: int) -> AsyncGenerator[RequestOutput]:
         written = self._written if len(self._prompts) == 1 else self._written | {"prompt": f"prompt[{i}]"}
         with renamed(written):
-            async with aclosing(self._engine.generate(self._prompts[i], self._params)) as outputs:
+            kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
+            prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
+            async with aclosing(self._engine.generate(prompt, self._params)) as outputs:
                 async for output in outputs:
                     yield output
 

@@ -1,6 +1,6 @@
 """OpenAI's request bodies, as far as they are served. Types are exact, unknown fields are refused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +10,9 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.body import to_struct
 from jaxserve.server.openai import fields
+
+DefaultParams = Callable[..., SamplingParams]
+"""`AsyncEngine.default_params`: the parameters that are given, and the model's defaults."""
 
 
 class AcceptedWithoutEffect(msgspec.Struct, kw_only=True):
@@ -44,6 +47,7 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -59,13 +63,15 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
-    def sampling_params(self, written: dict[str, str], **special: Any) -> SamplingParams:
+    def sampling_params(
+        self, default_params: DefaultParams, written: dict[str, str], **special: Any
+    ) -> SamplingParams:
         """The fields both have, and `special` ones; `written` maps a parameter to the field it came from."""
         given = {name: getattr(self, name) for name in _SHARED}
         given = {name: value for name, value in (given | special).items() if value is not None}
         kind = "delta" if self.stream else "final"
         with renamed(written):
-            return SamplingParams(output_kind=kind, **({"max_tokens": None} | given))
+            return default_params(output_kind=kind, **({"max_tokens": None} | given))
 
 
 _SHARED = (
@@ -106,19 +112,19 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return {"max_tokens": limit, "logprobs": "top_logprobs"}
 
-    def params(self) -> SamplingParams:
+    def params(self, default_params: DefaultParams) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(self.written, max_tokens=limit, logprobs=logprobs)
+        return self.sampling_params(default_params, self.written, max_tokens=limit, logprobs=logprobs)
 
 
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
 
-    def params(self) -> SamplingParams:
+    def params(self, default_params: DefaultParams) -> SamplingParams:
         limit = 16 if self.max_tokens is None else self.max_tokens
-        return self.sampling_params({}, max_tokens=limit, logprobs=self.logprobs)
+        return self.sampling_params(default_params, {}, max_tokens=limit, logprobs=self.logprobs)
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
