@@ -13,7 +13,10 @@ RENAMED = {
     "num_gpu_blocks_override": "num_blocks",
 }
 MESH = ("tensor_parallel_size", "data_parallel_size")
-VALUES = {"dtype": {"half": "float16", "float": "float32"}}
+VALUES = {
+    "dtype": {"half": "float16", "float": "float32"},
+    "generation_config": {"vllm": "none"},
+}
 
 
 class Fixed(NamedTuple):
@@ -24,7 +27,6 @@ class Fixed(NamedTuple):
 
 
 FIXED = {
-    "enable_prefix_caching": Fixed(False, "the prefix cache is not built yet"),
     "enable_chunked_prefill": Fixed(True, "prefill always shares its steps with decoding"),
     "enforce_eager": Fixed(False, "every step is a compiled program"),
     "trust_remote_code": Fixed(False, "code from a checkpoint is never run"),

@@ -30,7 +30,7 @@ def parser() -> Parser:
     parser.add_argument("--url", help="talk to this OpenAI-compatible server instead")
     parser.add_argument("--api-key", metavar="KEY", help="key for --url (default: $OPENAI_API_KEY)")
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--temperature", type=float, metavar="X", default=0.7, help="(default: 0.7)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="(default: the model's)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: no limit)")
     add_options(parser, EngineConfig)
     return parser
@@ -100,19 +100,21 @@ class Conversation:
 
 
 def _talk(args: argparse.Namespace) -> Talk:
+    wanted = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    options = {name: value for name, value in wanted.items() if value is not None}
     if args.url is None:
         if args.api_key is not None:
             raise ConfigError("--api-key needs --url")
         config = read_options(args, EngineConfig)
         _note(f"loading {config.model}")
-        return LocalModel(config, args.temperature, args.max_tokens)
+        return LocalModel(config, options)
     flags = [flag for flag in given_flags(args, EngineConfig) if flag != "--model"]
     if flags or args.config:
         flag = flags[0] if flags else "--config"
         raise ConfigError(f"{flag} has no meaning with --url: the server has the engine")
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     model = args.positional_model or getattr(args, "model", None)
-    return RemoteModel(args.url, model, key, args.temperature, args.max_tokens)
+    return RemoteModel(args.url, model, key, options)
 
 
 def _from_pipe(conversation: Conversation) -> None:

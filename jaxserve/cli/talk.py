@@ -29,12 +29,15 @@ class Talk(Protocol):
 class LocalModel:
     """An engine in this process."""
 
-    def __init__(self, config: EngineConfig, temperature: float, max_tokens: int | None):
+    def __init__(self, config: EngineConfig, options: dict[str, Any]):
+        """`options`: fields of SamplingParams; without them the model's own, and answers of any length."""
         from jaxserve import Engine, SamplingParams
 
         self.name = config.model
-        self.params = SamplingParams(temperature=temperature, max_tokens=max_tokens, output_kind="delta")
+        wanted = {"max_tokens": None, "output_kind": "delta"} | options
+        SamplingParams(**wanted)  # what is wrong is said before the model is loaded
         self.engine = Engine(**msgspec.structs.asdict(config))
+        self.params = self.engine.default_params(**wanted)
         self.meter = Meter()
         if self.engine.tokenizer is None:
             raise InvalidRequest(f"{config.model} has no tokenizer, so it cannot chat")
@@ -59,18 +62,15 @@ class LocalModel:
 class RemoteModel:
     """A server, over `/v1/chat/completions` with server-sent events."""
 
-    def __init__(
-        self, url: str, model: str | None, key: str | None, temperature: float, max_tokens: int | None
-    ):
+    def __init__(self, url: str, model: str | None, key: str | None, options: dict[str, Any]):
+        """`options`: fields to send along with each request."""
         self.base = url.rstrip("/").removesuffix("/v1")
         self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.model = model or self._only_model()
         self.name = f"{self.model} at {self.base}"
-        self.options: dict[str, Any] = {"temperature": temperature}
-        if max_tokens is not None:
-            self.options["max_tokens"] = max_tokens
+        self.options = options
         self.meter = Meter()
 
     def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:

@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 
 from jaxserve.errors import ModelError
+from jaxserve.loading import sampling_defaults
+from jaxserve.loading.sampling_defaults import GENERATION_CONFIG, SamplingDefaults
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -27,6 +29,10 @@ class Checkpoint(ABC):
     """The keys of a `config.json`."""
     eos_token_ids: list[int]
     """Every token that ends a generation."""
+
+    @abstractmethod
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model's makers recommend. Logs what of it is not used."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -79,6 +85,9 @@ class GGUFCheckpoint(Checkpoint):
         self.config = gguf_llama.config(self._file)
         self.eos_token_ids = _ids(meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in GGUF_ENDS)
 
+    def sampling_defaults(self) -> SamplingDefaults:
+        return sampling_defaults.from_gguf(self._file.metadata, self.path)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._file.tensors[theirs].shape for name, theirs in self._names.items()}
 
@@ -98,9 +107,9 @@ class SafetensorsCheckpoint(Checkpoint):
 
         self.path = path
         self.config = _read_json(path / "config.json", dict[str, Any])
-        optional = path / "generation_config.json"
-        generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
-        self.eos_token_ids = _ids([generation.get("eos_token_id"), self.config.get("eos_token_id")])
+        optional = path / GENERATION_CONFIG
+        self._generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
+        self.eos_token_ids = _ids([self._generation.get("eos_token_id"), self.config.get("eos_token_id")])
         index = _index(path) if tensors else {}
         names = (set(index.values()) or _files(path)) if tensors else ()
         self._files = {file: SafetensorsFile(path / file) for file in names}
@@ -108,6 +117,9 @@ class SafetensorsCheckpoint(Checkpoint):
         for name, file in index.items():
             if self._file_of.get(name) != file:
                 raise ModelError(f"{path / INDEX} says that tensor {name} is in {file}, and it is not")
+
+    def sampling_defaults(self) -> SamplingDefaults:
+        return sampling_defaults.from_generation_config(self._generation, self.path / GENERATION_CONFIG)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._files[file].entries[name].shape for name, file in self._file_of.items()}

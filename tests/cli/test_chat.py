@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from jaxserve.cli import main
-from jaxserve.cli.talk import Meter
+from jaxserve.cli.talk import LocalModel, Meter
+from jaxserve.config import EngineConfig
+from jaxserve.errors import InvalidRequest
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -99,8 +102,7 @@ def test_answers_stream_and_the_history_goes_along(chat):
     assert (code, out) == (0, "one two \nthree \n")
     assert [key for key, _ in seen] == [None, None]
     assert seen[0][1]["model"] == "echo"
-    assert seen[0][1]["temperature"] == 0.7
-    assert "max_tokens" not in seen[0][1]
+    assert not {"temperature", "max_tokens"} & seen[0][1].keys(), "the server knows its model's defaults"
     assert roles(seen[1][1]) == [
         ("system", "be brief"),
         ("user", "one two"),
@@ -158,6 +160,19 @@ def test_a_meter_counts_from_the_first_token():
     meter.count(4)
     assert meter.report()["answer"] == "5 tokens"
     assert meter.report()["prompt"] == "3 tokens"
+
+
+def test_a_model_here_samples_as_its_makers_recommend_and_as_the_flags_say(model_dir, tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.25, "top_p": 0.75}')
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": 33, "dtype": "float32"}
+    config = EngineConfig(model=str(model_dir), generation_config=str(tmp_path), **small)
+    with closing(LocalModel(config, {"temperature": 1.0})) as talk:
+        assert (talk.params.temperature, talk.params.top_p, talk.params.max_tokens) == (1.0, 0.75, None)
+
+
+def test_a_wrong_flag_is_said_before_the_model_is_loaded():
+    with pytest.raises(InvalidRequest, match="temperature must be between"):
+        LocalModel(EngineConfig(model="/there/is/none"), {"temperature": -1.0})
 
 
 def test_the_real_model_in_this_process(default_model):

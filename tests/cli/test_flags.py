@@ -11,7 +11,7 @@ from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.options import describe
 
-OTHER = {bool: True, int: 7, float: 0.5, str: "text"}
+OTHER = {int: 7, float: 0.5, str: "text"}
 
 
 def config(*argv: str) -> ServerConfig:
@@ -20,8 +20,13 @@ def config(*argv: str) -> ServerConfig:
 
 @pytest.mark.parametrize("option", describe(ServerConfig).values(), ids=lambda option: option.name)
 def test_every_option_is_a_flag(option):
+    flag = option.name.replace("_", "-")
+    if option.type is bool:
+        assert getattr(config(f"--no-{flag}"), option.name) is False
+        assert getattr(config(f"--{flag}"), option.name) is True
+        return
     value = option.choices[-1] if option.choices else "2x2" if option.name == "mesh" else OTHER[option.type]
-    got = getattr(config("--" + option.name.replace("_", "-"), str(value)), option.name)
+    got = getattr(config(f"--{flag}", str(value)), option.name)
     assert got == ([value] if option.many else value)
     assert got != option.default
 
@@ -78,6 +83,7 @@ def test_bool_options_have_a_no():
         (["--gpu-memory-utilization", "0.5"], {"memory_fraction": 0.5}),
         (["--num-gpu-blocks-override", "40"], {"num_blocks": 40}),
         (["--dtype", "half"], {"dtype": "float16"}),
+        (["--generation-config", "vllm"], {"generation_config": "none"}),
         (["--max-num-seqs", "8", "--block_size", "32"], {"max_num_seqs": 8, "block_size": 32}),
         (["--served-model-name", "a", "b"], {"served_model_name": ["a", "b"]}),
         (["--tokenizer-mode", "auto", "--pipeline-parallel-size", "1"], {}),

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from jaxserve import Engine, SamplingParams
+from jaxserve.engine.kernels import Kernels
 
 torch = pytest.importorskip("torch")
 
@@ -136,7 +137,13 @@ def test_it_knows_the_capital_of_france(engine, prompts):
     assert "Paris" in output.text and output.finish_reason == "stop"
 
 
-def our_logits(checkpoint, dtype, ids):
+KERNELS = [
+    pytest.param(Kernels(attention="xla", matmul="xla"), id="xla"),
+    pytest.param(Kernels(attention="cpu", matmul="cpu"), id="cpu", marks=pytest.mark.compiler),
+]
+
+
+def our_logits(checkpoint, dtype, ids, kernels):
     """float32 [len(ids), vocab] of one prefill."""
     import jax
     import jax.numpy as jnp
@@ -147,9 +154,9 @@ def our_logits(checkpoint, dtype, ids):
     from jaxserve.engine.model import LoadedModel
     from jaxserve.pallas_kernels.paged_attention import PoolShape, ragged_meta
 
-    model = LoadedModel(checkpoint.config, make_mesh(EngineConfig(), 0), dtype, "xla")
+    model = LoadedModel(checkpoint.config, make_mesh(EngineConfig(), 0), dtype)
     model.load(checkpoint)
-    step = model.functions()
+    step = model.functions(kernels)
     layers, dim = checkpoint.config["num_hidden_layers"], checkpoint.config["head_dim"]
     pool = PoolShape(12, model.kv_heads, 32, dim, model.dtype, CPU.kv_as_bits)
 
@@ -176,15 +183,26 @@ def reference_logits(reference, text):
         return reference(torch.tensor([text])).logits[0].numpy()
 
 
-def test_float32_logits_equal_transformers(checkpoint, text, reference_logits):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_float32_logits_equal_transformers(checkpoint, text, reference_logits, kernels):
     assert reference_logits.std() > 1
-    assert np.abs(our_logits(checkpoint, "float32", text) - reference_logits).max() < 2e-4
+    error = np.abs(our_logits(checkpoint, "float32", text, kernels) - reference_logits).max()
+    assert error < 2e-4
+    print(f"largest float32 error: {error:.1e}")
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers_is(checkpoint, text, reference, reference_logits):
+@pytest.fixture(scope="module")
+def bfloat16_logits(reference, text, reference_logits):
+    """After the float32 ones: the model is turned into bfloat16 for good."""
     with torch.inference_mode():
-        theirs = reference.to(torch.bfloat16)(torch.tensor([text])).logits[0].float().numpy()
-    ours = our_logits(checkpoint, "bfloat16", text)
+        return reference.to(torch.bfloat16)(torch.tensor([text])).logits[0].float().numpy()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(
+    checkpoint, text, reference_logits, bfloat16_logits, kernels
+):
+    ours, theirs = our_logits(checkpoint, "bfloat16", text, kernels), bfloat16_logits
     error, allowed = (np.abs(x - reference_logits).mean() for x in (ours, theirs))
     assert 0 < error <= 1.2 * allowed
     print(f"mean bf16 error: ours {error:.4f}, transformers' {allowed:.4f}")
