@@ -32,14 +32,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     from jaxserve.config import DEFAULT_MODEL
-    from jaxserve.loading.hub import home, resolve
+    from jaxserve.home import home
+    from jaxserve.loading.hub import resolve
 
     resolve(DEFAULT_MODEL)
     rows: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as place:
         os.symlink(home().resolve() / "models", Path(place) / "models")
         for _ in range(args.rounds):
-            shutil.rmtree(Path(place) / "compiled", ignore_errors=True)
+            for made in ("compiled", "native"):
+                shutil.rmtree(Path(place) / made, ignore_errors=True)
             rows["cold"].append(start(place))
             rows["warm"].append(start(place))
     print("| start | until ready, s | until first token, s | until warm, s |")
