@@ -1,4 +1,4 @@
-"""What is compiled, where and when: a persistent cache, and counters that prove claims about it."""
+"""What is compiled, where and when: a persistent cache, and counts that prove claims about it."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,6 @@ from jaxserve.home import home
 
 _here = threading.local()
 _lock = threading.Lock()
-_counts = {"cache_hits": 0, "cache_misses": 0, "on_request_path": 0}
 _EVENTS = {
     "/jax/compilation_cache/cache_hits": "cache_hits",
     "/jax/compilation_cache/cache_misses": "cache_misses",
@@ -24,20 +23,32 @@ _EVENTS = {
 _listening = False
 
 
-def counts() -> dict[str, int]:
-    """Cache hits, cache misses and compiles on a request's path in this process so far."""
-    with _lock:
-        return dict(_counts)
+class Counts:
+    """What one engine compiles: in its threads, inside `counted` or `request_path`."""
 
+    def __init__(self) -> None:
+        self.cache_hits = 0
+        self.cache_misses = 0
+        self.on_request_path = 0
+        """Compilations that a request waited for, cached or not."""
 
-@contextlib.contextmanager
-def request_path() -> Iterator[None]:
-    """Any compilation by this thread inside counts as on a request's path, cached or not."""
-    _here.serving = True
-    try:
-        yield
-    finally:
-        _here.serving = False
+    @contextlib.contextmanager
+    def counted(self, serving: bool = False) -> Iterator[None]:
+        """This thread's compilations count here."""
+        outer = getattr(_here, "counts", None), getattr(_here, "serving", False)
+        _here.counts, _here.serving = self, serving
+        try:
+            yield
+        finally:
+            _here.counts, _here.serving = outer
+
+    def request_path(self) -> contextlib.AbstractContextManager[None]:
+        """This thread's compilations count here, as ones that a request waits for."""
+        return self.counted(serving=True)
+
+    def _add(self, name: str) -> None:
+        with _lock:
+            setattr(self, name, getattr(self, name) + 1)
 
 
 def enable_cache() -> None:
@@ -72,12 +83,10 @@ def cache_dir() -> Path:
 
 
 def _on_event(event: str, **_: object) -> None:
-    if event in _EVENTS:
-        with _lock:
-            _counts[_EVENTS[event]] += 1
+    if (counts := getattr(_here, "counts", None)) and event in _EVENTS:
+        counts._add(_EVENTS[event])
 
 
 def _on_duration(event: str, duration_secs: float, **_: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration" and getattr(_here, "serving", False):
-        with _lock:
-            _counts["on_request_path"] += 1
+        _here.counts._add("on_request_path")

@@ -48,6 +48,11 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, replica: int = 0):
         compilation.enable_cache()
+        self._compiles = compilation.Counts()
+        with self._compiles.counted():
+            self._load(config, replica)
+
+    def _load(self, config: EngineConfig, replica: int) -> None:
         mesh = make_mesh(config, replica)
         device = mesh.devices.flat[0]
         platform = platform_of(device)
@@ -66,7 +71,7 @@ class EngineCore:
         self.steps = 0
         kernels = choose_kernels(config, mesh, dtype)
         smallest_decode = 1 if kernels.matmul == "cpu" else platform.smallest_decode
-        self._programs = Programs(self.model, self.shapes, kernels, smallest_decode)
+        self._programs = Programs(self.model, self.shapes, kernels, smallest_decode, self._compiles)
         self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
@@ -111,7 +116,7 @@ class EngineCore:
         """Dispatch the next step and read the one before it; what that one added to its sequences."""
         outputs, self._refused = self._refused, []
         chunks: list[Chunk] = []
-        with compilation.request_path():
+        with self._compiles.request_path():
             try:
                 schedule = self._scheduler.schedule(self._programs.limits)
                 chunks = schedule.chunks
@@ -128,7 +133,6 @@ class EngineCore:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start."""
-        compiles = compilation.counts()
         return {
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
@@ -144,9 +148,9 @@ class EngineCore:
             "padding_tokens": self._tokens["padding"],
             "programs": self._programs.count,
             "warm": self._programs.warm.is_set(),
-            "compiles_on_request_path": compiles["on_request_path"],
-            "compile_cache_hits": compiles["cache_hits"],
-            "compile_cache_misses": compiles["cache_misses"],
+            "compiles_on_request_path": self._compiles.on_request_path,
+            "compile_cache_hits": self._compiles.cache_hits,
+            "compile_cache_misses": self._compiles.cache_misses,
         }
 
     def reset_prefix_cache(self) -> None:

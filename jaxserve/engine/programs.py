@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
-from jaxserve.engine.compilation import compiler_options
+from jaxserve.engine.compilation import Counts, compiler_options
 from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
@@ -60,13 +60,21 @@ def ladder(shapes: Shapes, smallest_decode: int) -> list[Bucket]:
 class Programs:
     """Compiled programs by shape. `start` returns when the first can serve; `warm` is set after the last."""
 
-    def __init__(self, model: LoadedModel, shapes: Shapes, kernels: Kernels, smallest_decode: int):
+    def __init__(
+        self,
+        model: LoadedModel,
+        shapes: Shapes,
+        kernels: Kernels,
+        smallest_decode: int,
+        compiles: Counts,
+    ):
         self.shapes = shapes
         self.admit_layout = AdmitLayout(shapes.table_width)
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
         self._functions = model.functions(kernels)
         self._mesh = model.mesh
+        self._compiles = compiles
         self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
         weights: list[Any] = model.weights
         self._weights = [self._abstract(w, w.sharding.spec) for w in weights]
@@ -158,10 +166,11 @@ class Programs:
 
     def _compile_rest(self) -> None:
         try:
-            for job in self._todo:
-                if self._closed.is_set():
-                    return
-                job()
+            with self._compiles.counted():
+                for job in self._todo:
+                    if self._closed.is_set():
+                        return
+                    job()
         except Exception:
             log.exception("compiling in the background failed; the programs that are ready go on serving")
             return

@@ -4,6 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+
+import jax
+
+from jaxserve.engine import compilation
 
 SCRIPT = """
 import json, sys
@@ -40,3 +45,21 @@ def test_a_corrupt_cache_is_no_harm(model_dir, tmp_path):
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     assert start(model_dir, tmp_path)["tokens"] == first["tokens"]
+
+
+def test_each_engine_counts_what_its_own_threads_compile():
+    compilation.enable_cache()
+    ours, others = compilation.Counts(), compilation.Counts()
+
+    def compile_beside() -> None:
+        with others.counted():
+            jax.jit(lambda x: x * 3 + 7)(1.0)
+
+    with ours.request_path():
+        beside = threading.Thread(target=compile_beside)
+        beside.start()
+        beside.join()
+        assert ours.on_request_path == ours.cache_hits + ours.cache_misses == 0
+        jax.jit(lambda x: x * 5 + 9)(1.0)
+    assert ours.on_request_path >= 1 and ours.cache_hits + ours.cache_misses >= 1
+    assert others.on_request_path == 0 and others.cache_hits + others.cache_misses >= 1
