@@ -22,22 +22,27 @@ from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs, Shapes
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineDied
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.pallas_kernels.paged_attention import PoolShape
 
 log = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 3
+"""In a row: then it is not the requests that are wrong, and the engine gives up."""
+
 
 class Flight(NamedTuple):
-    """A dispatched step whose tokens the host has not read."""
+    """A step whose tokens the host has not read."""
 
     chunks: list[Chunk]
-    sampled: Sampled | None
+    sampled: Sampled | None = None
     """None when no chunk reached the end of its sequence."""
-    done: jax.Array
+    done: jax.Array | None = None
     """An array that is there when the device has done the step."""
+    error: Exception | None = None
+    """Why the step could not be dispatched."""
 
 
 class EngineCore:
@@ -77,6 +82,7 @@ class EngineCore:
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
         self._scheduler = Scheduler(self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching)
         self._flights: deque[Flight] = deque()
+        self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
@@ -113,22 +119,19 @@ class EngineCore:
         return bool(self._scheduler.unfinished or self._flights or self._refused)
 
     def step(self) -> list[CoreOutput]:
-        """Dispatch the next step and read the one before it; what that one added to its sequences."""
+        """Dispatch the next step and read the one before it; what that one added to its sequences.
+
+        Raises EngineDied when `MAX_FAILED_STEPS` in a row have failed, and what the device raises when not
+        even an empty pool can be made.
+        """
         outputs, self._refused = self._refused, []
-        chunks: list[Chunk] = []
         with self._compiles.request_path():
-            try:
-                schedule = self._scheduler.schedule(self._programs.limits)
-                chunks = schedule.chunks
-                if chunks:
-                    self._flights.append(self._dispatch(schedule))
-                if self._flights and (len(self._flights) > 1 or not chunks):
-                    chunks = self._flights[0].chunks
-                    outputs += self._collect(self._flights[0])
-                    self._flights.popleft()
-            except Exception as error:
-                log.exception("a step failed")
-                outputs += self._recover(chunks, f"a step failed: {type(error).__name__}: {error}")
+            schedule = self._scheduler.schedule(self._programs.limits)
+            if schedule.chunks:
+                self._flights.append(self._launch(schedule))
+            ahead = 1 if schedule.chunks else 0
+            while len(self._flights) > ahead or (self._flights and self._flights[-1].error):
+                outputs += self._collect()
         return outputs
 
     def stats(self) -> dict[str, Any]:
@@ -163,6 +166,13 @@ class EngineCore:
         self._flights.clear()
         self._kv, self._slots, self.model.weights = [], None, []  # type: ignore[assignment]
 
+    def _launch(self, schedule: Schedule) -> Flight:
+        """Dispatch a step. One that cannot be is read in its turn too: an earlier one may be the cause."""
+        try:
+            return self._dispatch(schedule)
+        except Exception as error:
+            return Flight(schedule.chunks, error=error)
+
     def _dispatch(self, schedule: Schedule) -> Flight:
         for request in schedule.admitted:
             assert request.slot is not None and request.spec.seed is not None
@@ -184,12 +194,28 @@ class EngineCore:
                 array.copy_to_host_async()
         return Flight(chunks, sampled, targets)
 
-    def _collect(self, flight: Flight) -> list[CoreOutput]:
-        flight.done.block_until_ready()
+    def _collect(self) -> list[CoreOutput]:
+        """Read the oldest step in flight. The first that cannot be read is the one that failed: an error
+        spoils all that was dispatched after it."""
+        flight = self._flights[0]
+        try:
+            host = self._read(flight)
+        except Exception as error:
+            return self._recover(flight.chunks, error)
+        self._flights.popleft()
         self.steps += 1
-        if flight.sampled is None:
-            return []
-        host: Sampled = jax.tree.map(np.asarray, flight.sampled)
+        self._failed_steps = 0
+        return self._advance(flight, host) if host else []
+
+    def _read(self, flight: Flight) -> Sampled | None:
+        """What a step sampled, once it is done. Raises what the device or the dispatch raised."""
+        if flight.error:
+            raise flight.error
+        jax.block_until_ready(flight.done)
+        host: Sampled | None = jax.tree.map(np.asarray, flight.sampled)
+        return host
+
+    def _advance(self, flight: Flight, host: Sampled) -> list[CoreOutput]:
         tokens = host.tokens.tolist()
         outputs = []
         for row, (request, _, _, _, samples) in enumerate(flight.chunks):
@@ -212,23 +238,29 @@ class EngineCore:
             outputs.append(output)
         return outputs
 
-    def _recover(self, chunks: list[Chunk], reason: str) -> list[CoreOutput]:
+    def _recover(self, failed: list[Chunk], error: Exception) -> list[CoreOutput]:
         """After a failed step: its donated buffers are gone. Its requests end with the error, pool and
         slots are made anew, and all others are recomputed from the tokens the host has."""
+        reason = f"{type(error).__name__}: {error}"
+        self._failed_steps += 1
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise EngineDied(f"{MAX_FAILED_STEPS} steps in a row failed, the last with {reason}") from error
+        log.error("a step failed", exc_info=error)
         outputs = []
-        for request in [chunk.request for chunk in chunks]:
+        for request in [chunk.request for chunk in failed]:
             if request.finish_reason is None:
                 self._scheduler.finish(request, "error")
-                outputs.append(CoreOutput(id=request.id, finish_reason="error", error=reason))
+                told = f"a step failed: {reason}"
+                outputs.append(CoreOutput(id=request.id, finish_reason="error", error=told))
         for chunk in [chunk for flight in self._flights for chunk in flight.chunks]:
             chunk.request.inflight = 0
         self._flights.clear()
         self._pool.cache.clear()
         for request in list(self._scheduler.running):
-            request.inflight = 0
             self._scheduler.preempt(request)
-        self._kv, self._slots = [], None  # type: ignore[assignment]
-        self._kv, self._slots = self._programs.empty_state()
+        for array in jax.tree.leaves((self._kv, self._slots)):
+            array.delete()  # or the traceback keeps what was not donated
+        self._kv, self._slots = jax.block_until_ready(self._programs.empty_state())
         return outputs
 
 
