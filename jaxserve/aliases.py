@@ -40,7 +40,7 @@ FIXED = {
     "revision": Fixed(None, "models come at their newest revision"),
     "cpu_offload_gb": Fixed(0, "weights stay on the device"),
     "swap_space": Fixed(0, "a preempted request is recomputed, not swapped"),
-    "scheduling_policy": Fixed("fcfs", "requests are served in order of arrival"),
+    "long_prefill_token_threshold": Fixed(0, "max_prompt_share says when a prompt leaves room to others"),
     "disable_log_requests": Fixed(True, "requests are not logged"),
     "disable_log_stats": Fixed(True, "statistics are not logged"),
 }

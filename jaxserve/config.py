@@ -36,6 +36,17 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     enable_prefix_caching: Annotated[
         bool, about("reuse the KV of prompts that begin alike, and of what was generated")
     ] = True
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"], about("order of requests: of arrival, or of their priority and arrival")
+    ] = "fcfs"
+    priority_aging: Annotated[float, about("seconds of waiting that count as one level of priority")] = 60.0
+    fair_share: Annotated[bool, about("API keys take turns by the tokens computed for them")] = True
+    max_prompt_share: Annotated[
+        float, about("part of a step that a long prompt may take while shorter ones are there")
+    ] = 0.5
+    max_num_queued_reqs: Annotated[
+        int | None, about("sequences that may wait; more are refused with a 503")
+    ] = None
     memory_fraction: Annotated[float, about("part of the device's memory the engine may use")] = 0.9
     attention: Annotated[
         Literal["auto", "xla", "cpu", "gpu", "reference"], about("implementation of paged attention")
@@ -53,6 +64,11 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("num_blocks", self.num_blocks, 2)
+        _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 0)
+        if not 0.0 < self.priority_aging < float("inf"):
+            raise ConfigError(f"priority_aging must be a time above 0, not {self.priority_aging}")
+        if not 0.0 < self.max_prompt_share <= 1.0:
+            raise ConfigError(f"max_prompt_share must be above 0 and at most 1, not {self.max_prompt_share}")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction}")
 
@@ -70,6 +86,9 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
     ] = False
     allowed_origins: Annotated[list[str] | None, about("origins that browsers may call from (CORS)")] = None
     max_body_size: Annotated[int, about("largest request body, in bytes")] = 32 * 2**20
+    request_timeout: Annotated[
+        float | None, about("seconds that a request may take, waiting included; after them: a 504")
+    ] = None
     shutdown_timeout: Annotated[float, about("seconds that running requests get on SIGTERM")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("how much to log")] = "info"
 
@@ -78,6 +97,8 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}")
         _at_least("max_body_size", self.max_body_size, 1)
+        if self.request_timeout is not None and not self.request_timeout > 0:
+            raise ConfigError(f"request_timeout must be above 0, not {self.request_timeout}")
         if self.shutdown_timeout < 0:
             raise ConfigError(f"shutdown_timeout must not be negative, not {self.shutdown_timeout}")
 

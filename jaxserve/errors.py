@@ -25,5 +25,9 @@ class ConfigError(JaxserveError, ValueError):
     """An engine or server option with a wrong value."""
 
 
+class QueueFull(JaxserveError):
+    """As many requests wait as may: the same one can be served later."""
+
+
 class EngineDied(JaxserveError, RuntimeError):
     """The engine process ended while the request was in it."""

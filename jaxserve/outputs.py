@@ -5,6 +5,8 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorCode = Literal["queue_full"]
+"""Failures that are nobody's fault: the same request may succeed later."""
 
 
 class Logprob(msgspec.Struct):
@@ -42,3 +44,4 @@ class RequestOutput(msgspec.Struct):
     num_cached_tokens: int = 0
     error: str | None = None
     """Set when the request failed in the engine; its outputs then have finish_reason "error"."""
+    error_code: ErrorCode | None = None

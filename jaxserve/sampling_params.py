@@ -31,6 +31,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: Annotated[bool, Meta(description="go on past the end-of-sequence token")] = False
     max_tokens: Annotated[int | None, Meta(description="None: the rest of the context")] = 16
     logprobs: Annotated[int | None, Meta(description="report this many alternatives per token")] = None
+    priority: Annotated[int, Meta(description="lower goes first, under the policy priority")] = 0
     detokenize: bool = True
     skip_special_tokens: bool = True
     output_kind: OutputKind = "cumulative"
@@ -45,6 +46,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _number("min_p", self.min_p, 0.0, 1.0)
         _integer("max_tokens", self.max_tokens, 1)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _integer("priority", self.priority, -(2**31), 2**31 - 1)
         _integer("seed", self.seed, -(2**63), 2**64 - 1)
         _stop_strings(self.stop)
         for i, token in enumerate(self.stop_token_ids or ()):

@@ -115,12 +115,17 @@ class AsyncEngine:
         return SamplingParams(**{**self._text.sampling_defaults, **given})
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        tenant: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as `params.output_kind` says, the last one with `finished`.
 
         `prompt`: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": […]}`. Closing the iterator aborts
-        the request. Raises `InvalidRequest` before the first output, `EngineDied` at any time.
+        the request. Tenants take turns (the option `fair_share`). Raises `InvalidRequest` before the first
+        output, `EngineDied` at any time.
         """
         await self.start()
         content, cache_salt = parse_prompt(prompt)
@@ -129,7 +134,7 @@ class AsyncEngine:
         if any(request_id in lane.streams for lane in self._lanes):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
         lane = self._choose_lane()
-        stream = lane.add(request_id, text, ids, params or self.default_params(), cache_salt)
+        stream = lane.add(request_id, text, ids, params or self.default_params(), cache_salt, tenant)
         try:
             while (item := await stream.get()) is not None:
                 if isinstance(item, Exception):
@@ -238,6 +243,7 @@ class AsyncEngine:
             hello.max_model_len,
             hello.max_request_tokens,
             hello.vocab_size,
+            self.config.scheduling_policy == "priority",
         )
 
     def _deliver(self, lane: Lane, message: FromCore | Died) -> None:

@@ -6,6 +6,7 @@ while the host thinks. Which tokens come next is known to the device; the host o
 
 import logging
 import random
+import time
 from collections import deque
 from typing import Any, Literal, NamedTuple
 
@@ -21,10 +22,11 @@ from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogpro
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs, Shapes
 from jaxserve.engine.sampling import Sampled, Variant
-from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler
-from jaxserve.errors import ConfigError, EngineDied
+from jaxserve.engine.scheduler import Chunk, Policy, Schedule, Scheduler
+from jaxserve.errors import ConfigError, EngineDied, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
+from jaxserve.outputs import ErrorCode
 from jaxserve.pallas_kernels.paged_attention import PoolShape
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,9 @@ class EngineCore:
         self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
-        self._scheduler = Scheduler(self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching)
+        self._scheduler = Scheduler(
+            self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, _policy(config)
+        )
         self._flights: deque[Flight] = deque()
         self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
@@ -101,9 +105,11 @@ class EngineCore:
         if request.seed is None:
             request.seed = self._random.getrandbits(64)
         try:
-            self._scheduler.add(request)
-        except ValueError as error:
-            self._refused.append(CoreOutput(id=request.id, finish_reason="error", error=str(error)))
+            self._scheduler.add(request, time.monotonic())
+        except (ValueError, QueueFull) as error:
+            code: ErrorCode | None = "queue_full" if isinstance(error, QueueFull) else None
+            refusal = CoreOutput(id=request.id, finish_reason="error", error=str(error), error_code=code)
+            self._refused.append(refusal)
 
     def abort(self, id: str, keep: int | None = None) -> None:
         """End a sequence; its blocks are free at once. Nothing happens for an unknown id."""
@@ -262,6 +268,11 @@ class EngineCore:
             array.delete()  # or the traceback keeps what was not donated
         self._kv, self._slots = jax.block_until_ready(self._programs.empty_state())
         return outputs
+
+
+def _policy(config: EngineConfig) -> Policy:
+    aging = config.priority_aging if config.scheduling_policy == "priority" else None
+    return Policy(aging, config.fair_share, config.max_prompt_share, config.max_num_queued_reqs)
 
 
 def _variant(chunks: list[Chunk]) -> Variant:

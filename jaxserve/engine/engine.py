@@ -14,7 +14,7 @@ from jaxserve.engine.messages import Abort
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
 from jaxserve.engine.stats import add_up
 from jaxserve.engine.text_side import load_text_side
-from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
 from jaxserve.loading.hub import resolve
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
@@ -48,6 +48,7 @@ class Engine:
             hello.max_model_len,
             hello.max_request_tokens,
             hello.vocab_size,
+            config.scheduling_policy == "priority",
         )
         self._core_of: dict[str, EngineCore] = {}
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -226,5 +227,7 @@ def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:
 
 
 def _raise_failure(output: RequestOutput) -> None:
+    if output.error_code == "queue_full":
+        raise QueueFull(f"request {output.request_id}: {output.error}")
     if output.error is not None:
         raise EngineDied(f"request {output.request_id}: {output.error}")

@@ -55,13 +55,19 @@ class Lane:
         return self._clock() - self._progress if self.streams else 0.0
 
     def add(
-        self, request_id: str, text: str | None, ids: list[int], params: SamplingParams, cache_salt: str
+        self,
+        request_id: str,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        cache_salt: str,
+        tenant: str,
     ) -> Stream:
         """Start a request on a core that is ready. Raises `InvalidRequest`."""
         if self._processor is None:
             assert self.hello is not None
             self._processor = self._make_processor(self.hello)
-        requests = self._processor.add(request_id, text, ids, params, cache_salt)
+        requests = self._processor.add(request_id, text, ids, params, cache_salt, tenant)
         if not self.streams:
             self._progress = self._clock()
         stream = self.streams[request_id] = asyncio.Queue()

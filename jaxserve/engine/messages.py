@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from jaxserve.outputs import FinishReason
+from jaxserve.outputs import ErrorCode, FinishReason
 
 
 class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
@@ -30,6 +30,10 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """Tokens that end the sequence (end-of-sequence tokens among them unless ignored)."""
     cache_salt: str = ""
     """Only requests with the same salt share the prefix cache."""
+    tenant: str = ""
+    """Whose it is: tenants take turns."""
+    priority: int = 0
+    """Lower goes first."""
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -73,6 +77,7 @@ class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     cached_tokens: int | None = None
     """With the first token: how much of the prompt the prefix cache had."""
     error: str | None = None
+    error_code: ErrorCode | None = None
 
 
 class Outputs(msgspec.Struct, tag="outputs"):

@@ -9,14 +9,14 @@ class Request:
     """One sequence: its tokens, and how far the device has come with them."""
 
     __slots__ = (
-        *("arrival", "blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight"),
-        *("output", "preemptions", "slot", "spec"),
+        *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
+        *("preemptions", "rank", "slot", "spec"),
     )
 
-    def __init__(self, spec: CoreRequest, arrival: int):
+    def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
         self.spec = spec
-        self.arrival = arrival
-        """Order of arrival: the scheduler's notion of age."""
+        self.rank = rank
+        """Its place in the order of all requests, the lowest first; no two have the same."""
         self.output: list[int] = []
         self.inflight = 0
         """Tokens sampled by dispatched steps that the host has not read yet."""

@@ -1,11 +1,12 @@
 """Who runs in the next step. Pure Python and deterministic: no clock, no device.
 
 Continuous batching with chunked prefill under one token budget: running decodes first, then prompts
-under way, then new requests in order of arrival. A step is planned before the last one's tokens are
-known, so a request's length counts tokens in flight. When the pool is full the newest request is
-preempted and recomputed later; the oldest never is, so every request finishes.
+under way, then those that wait. A step is planned before the last one's tokens are known, so a request's
+length counts tokens in flight. All requests have a rank, by arrival or by priority and arrival. When the pool
+is full the one that ranks last is preempted and recomputed later; the first never is, so every one finishes.
 """
 
+import math
 from bisect import insort
 from collections import deque
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.prefix_cache import Node
 from jaxserve.engine.request import Request
+from jaxserve.engine.waiting import WaitingQueue, rank
+from jaxserve.errors import QueueFull
 from jaxserve.outputs import FinishReason
 
 
@@ -44,24 +47,46 @@ class Schedule(NamedTuple):
     admitted: list[Request]
 
 
+class Policy(NamedTuple):
+    """How requests compete for the device."""
+
+    aging: float | None = None
+    """Seconds of waiting that count as one level of priority; None: priorities play no part."""
+    fair_share: bool = True
+    """Tenants take turns by the tokens computed for them."""
+    prompt_share: float = 0.5
+    """A prompt longer than this part of a step's tokens takes at most this part of what is left of them while
+    shorter ones are there."""
+    max_queued: int | None = None
+    """How many may wait beside those that could run at once."""
+
+
 class Scheduler:
-    def __init__(self, pool: BlockPool, max_num_seqs: int, prefix_cache: bool = True):
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        prefix_cache: bool = True,
+        policy: Policy = Policy(),  # noqa: B008
+    ):
         self.pool = pool
         self.prefix_cache = prefix_cache
-        self.waiting: deque[Request] = deque()
-        """In order of arrival, and all of them newer than those that run."""
+        self.policy = policy
+        self.waiting = WaitingQueue(policy.fair_share)
         self.running: list[Request] = []
-        """In order of arrival."""
+        """In order of rank."""
         self.preemptions = 0
         self._refused: tuple[Request, int] | None = None
-        """Who was looked up in the cache and did not fit, and how many blocks were free then."""
+        """Who was looked up in the cache and did not fit, and how many blocks were left then."""
         self._requests: dict[str, Request] = {}
         self._slots = deque(range(max_num_seqs))
         self._arrivals = 0
 
-    def add(self, spec: CoreRequest) -> Request:
-        """Queue a new sequence. Raises ValueError for a duplicate id, nothing to do, or one the empty pool
-        cannot hold."""
+    def add(self, spec: CoreRequest, now: float = 0.0) -> Request:
+        """Queue a new sequence that arrives at `now`, in seconds.
+
+        Raises ValueError for a duplicate id, nothing to do, or one the empty pool cannot hold; QueueFull.
+        """
         if spec.id in self._requests:
             raise ValueError(f"request {spec.id!r} exists already")
         if not spec.prompt or spec.max_tokens < 1:
@@ -72,10 +97,15 @@ class Scheduler:
                 f"a prompt of {len(spec.prompt)} tokens and {spec.max_tokens} to generate do not fit "
                 f"the pool's {self.pool.capacity} blocks of {self.pool.block_size} tokens"
             )
-        request = Request(spec, self._arrivals)
+        free_slots = 0 if self._refused else len(self._slots)
+        if self.policy.max_queued is not None and len(self.waiting) >= self.policy.max_queued + free_slots:
+            raise QueueFull(f"{len(self.waiting)} sequences are waiting, and no more may")
+        # waiting longer by the aging time is worth one level, an order that never changes
+        urgency = 0.0 if self.policy.aging is None else now + spec.priority * self.policy.aging
+        request = Request(spec, (urgency, self._arrivals))
         self._arrivals += 1
         self._requests[spec.id] = request
-        self.waiting.append(request)
+        self.waiting.push(request)
         return request
 
     def get(self, request_id: str) -> Request | None:
@@ -88,10 +118,14 @@ class Scheduler:
 
     def schedule(self, limits: Limits) -> Schedule:
         """Plan the next step and count it as dispatched. No chunks: nothing can run now."""
-        lengths, budget = self._divide(limits.tokens)
+        self._yield_to_priority(limits.seqs)
+        long = self._long(limits.tokens)
+        lengths = self._divide(limits.tokens, long)
         self._make_room(lengths)
+        admitted = self._admit(limits.seqs, limits.tokens - sum(lengths.values()), long)
+        used = sum(lengths.values()) + sum(chunk.length for chunk in admitted)
+        self._top_up(lengths, limits.tokens - used)
         chunks = [self._chunk(request, length) for request, length in lengths.items()]
-        admitted = self._admit(limits.seqs, budget)
         chunks += admitted
         chunks.sort(key=lambda chunk: chunk.length > 1)
         return Schedule(chunks, [chunk.request for chunk in admitted])
@@ -118,6 +152,8 @@ class Scheduler:
         del self._requests[request.id]
         if request.slot is None:
             self.waiting.remove(request)
+            if self._refused and self._refused[0] is request:
+                self._refused = None
         else:
             self.running.remove(request)
             self._vacate(request)
@@ -129,49 +165,90 @@ class Scheduler:
         request.computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=lambda r: r.arrival)
+        self.waiting.push(request)
 
-    def _divide(self, budget: int) -> tuple[dict[Request, int], int]:
-        """How many tokens each running request gets, decodes first, and what is left of the budget."""
+    def _yield_to_priority(self, seqs: int) -> None:
+        """Preempt running requests for a waiting one that outranks them, if that makes room for it."""
+        if self.policy.aging is None:
+            return
+        while (request := self.waiting.first()) and not request.inflight:
+            competing = [r for r in self.running if self.waiting.compete(r, request)]
+            outranked = [r for r in competing if r.rank > request.rank]
+            if not outranked or self._has_room(request, seqs):
+                return
+            freed = sum(self.pool.references(block) == 1 for r in outranked for block in r.blocks)
+            if self.pool.blocks_for(request.length) > self._unpromised() + freed:
+                return
+            self.preempt(outranked[-1])
+
+    def _has_room(self, request: Request, seqs: int) -> bool:
+        fits = self.pool.blocks_for(request.length) <= self._unpromised()
+        return fits and bool(self._slots) and len(self.running) < seqs
+
+    def _divide(self, budget: int, long: float) -> dict[Request, int]:
+        """How many tokens each running request gets: decodes first, then prompts under way."""
         lengths = {}
         pending = [(request, request.pending) for request in self.running]
         for request, wanted in sorted(pending, key=lambda item: item[1] > 1):
-            if length := min(wanted, budget):
+            if length := self._share(wanted, budget, long):
                 lengths[request] = length
                 budget -= length
-        return lengths, budget
+        return lengths
+
+    def _long(self, budget: int) -> float:
+        """More tokens than this make a prompt one that leaves room to shorter ones; infinite without such."""
+        long = self.policy.prompt_share * budget
+        under_way = any(1 < request.pending <= long for request in self.running)
+        return long if under_way or any(request.length <= long for request in self.waiting) else math.inf
+
+    def _share(self, wanted: int, budget: int, long: float) -> int:
+        return min(wanted, math.ceil(self.policy.prompt_share * budget) if wanted > long else budget)
+
+    def _top_up(self, lengths: dict[Request, int], budget: int) -> None:
+        """Give what nobody else could use to the prompts under way."""
+        free = self.pool.free - sum(self._new_blocks(request, length) for request, length in lengths.items())
+        for request, length in lengths.items():
+            more = min(request.pending - length, budget)
+            blocks = self._new_blocks(request, length + more) - self._new_blocks(request, length)
+            if more > 0 and blocks <= free:
+                lengths[request] += more
+                budget -= more
+                free -= blocks
 
     def _make_room(self, lengths: dict[Request, int]) -> None:
-        """Preempt the newest requests until the others' tokens fit the pool. Alone, the oldest fits."""
+        """Preempt those that rank last until the others' tokens fit the pool. Alone, the first fits."""
         needed = sum(self._new_blocks(request, length) for request, length in lengths.items())
         while needed > self.pool.free:
             victim = self.running[-1]
             needed -= self._new_blocks(victim, lengths.pop(victim, 0))
             self.preempt(victim)
 
-    def _admit(self, seqs: int, budget: int) -> list[Chunk]:
-        """First chunks of waiting requests, as many as slots, budget and the pool have room for.
-
-        A budget that is left means that the prompts under way have all their blocks.
-        """
+    def _admit(self, seqs: int, budget: int, long: float) -> list[Chunk]:
+        """First chunks of waiting requests, as many as slots, budget and the pool have room for."""
         admitted: list[Chunk] = []
-        while self.waiting and budget > 0 and self._slots and len(self.running) < seqs:
-            request = self.waiting[0]
+        while budget > 0 and self._slots and len(self.running) < seqs:
+            request = self.waiting.first()
             # a preempted request needs its token that is still in flight
-            if request.inflight or (request, self.pool.free) == self._refused:
+            if request is None or request.inflight:
                 break
-            if not self._take_cached(request):
-                self._refused = request, self.pool.free
+            room = self._unpromised()
+            if (request, room) == self._refused or not self._take_cached(request, room):
+                self._refused = request, room
                 break
-            self.waiting.popleft()
-            self.running.append(request)
+            self._refused = None
+            self.waiting.remove(request)
+            insort(self.running, request, key=rank)
             request.slot = self._slots.popleft()
-            admitted.append(self._chunk(request, min(request.pending, budget)))
+            admitted.append(self._chunk(request, self._share(request.pending, budget, long)))
             budget -= admitted[-1].length
         return admitted
 
-    def _take_cached(self, request: Request) -> bool:
-        """Give a waiting request the blocks that the cache has for it, unless the others it needs do not fit.
+    def _unpromised(self) -> int:
+        """Free blocks that no running request needs for the tokens it has."""
+        return self.pool.free - sum(self._new_blocks(request, request.pending) for request in self.running)
+
+    def _take_cached(self, request: Request, room: int) -> bool:
+        """Give a waiting request the blocks that the cache has for it, unless it does not fit `room` blocks.
 
         Its last token is computed in any case: that gives the next one. Blocks are committed as soon as
         the step that writes them is planned: steps run in that order, and a step writes before it reads.
@@ -183,7 +260,7 @@ class Scheduler:
             tokens = request.tokens(0, request.length - 1)
             blocks, chain = pool.cache.match(request.spec.cache_salt, tokens, size)
         revived = sum(not pool.references(block) for block in blocks)
-        if pool.blocks_for(request.length) - len(blocks) + revived > pool.free:
+        if pool.blocks_for(request.length) - len(blocks) + revived > room:
             return False
         pool.share(blocks)
         request.blocks, request.chain, request.committed = blocks, chain, len(blocks)
@@ -219,6 +296,7 @@ class Scheduler:
         samples = start + length == request.length
         request.computed += length
         request.inflight += samples
+        self.waiting.charge(request, length)
         self._commit(request)
         return Chunk(request, start, length, new, samples)
 

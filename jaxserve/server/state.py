@@ -16,6 +16,7 @@ class ServerState:
         self.model_names = config.served_model_name or [config.model]
         self.max_body_size = config.max_body_size
         self.share_prefix_cache = config.share_prefix_cache
+        self.request_timeout = config.request_timeout
         self.started = int(time.time())
         self.draining = False
         self.in_flight = 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
 from jaxserve.errors import InvalidRequest
-from jaxserve.outputs import RequestOutput
+from jaxserve.outputs import ErrorCode, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.sequence import OutputSequence
 from jaxserve.text.tokenizer import Tokenizer
@@ -23,14 +23,17 @@ class OutputProcessor:
         max_model_len: int,
         max_request_tokens: int | None = None,
         vocab_size: int | None = None,
+        priorities: bool = False,
     ):
         """`max_request_tokens`: what the KV pool holds for one sequence, where that is less than
-        `max_model_len`; `vocab_size`: the model's, if not the tokenizer's."""
+        `max_model_len`; `vocab_size`: the model's, if not the tokenizer's; `priorities`: whether they have
+        an effect."""
         self._tokenizer = tokenizer
         self._eos = list(eos_token_ids)
         self._max_model_len = max_model_len
         self._max_request_tokens = min(max_request_tokens or max_model_len, max_model_len)
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
+        self._priorities = priorities
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[str, tuple[_Request, OutputSequence]] = {}
 
@@ -47,6 +50,7 @@ class OutputProcessor:
         prompt_token_ids: list[int],
         params: SamplingParams,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> list[CoreRequest]:
         """The core requests, with ids `request_id#0` … `request_id#n-1`.
 
@@ -58,6 +62,8 @@ class OutputProcessor:
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
         self._check_tokens(prompt_token_ids, "prompt")
         self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
+        if params.priority and not self._priorities:
+            raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
         eos = [] if params.ignore_eos else self._eos
@@ -81,6 +87,8 @@ class OutputProcessor:
                 logprobs=params.logprobs,
                 stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
                 cache_salt=cache_salt,
+                tenant=tenant,
+                priority=params.priority,
             )
             for i in range(params.n)
         ]
@@ -100,7 +108,7 @@ class OutputProcessor:
             if out.cached_tokens is not None and sequence.index == 0:  # the others share its prompt
                 request.cached_tokens = out.cached_tokens
             if out.finish_reason == "error":
-                request.fail(out.error or "the engine gave no reason")
+                request.fail(out.error or "the engine gave no reason", out.error_code)
                 aborts += [Abort(id) for id in self._drop(request) if id != out.id]
                 continue
             if sequence.add(out):
@@ -173,14 +181,15 @@ class _Request:
         self.kind = params.output_kind
         self.sequences: list[OutputSequence] = []
         self.error: str | None = None
+        self.error_code: ErrorCode | None = None
         self.cached_tokens = 0
         self._told: set[int] = set()  # sequences whose end a delta has carried
 
     def core_id(self, index: int) -> str:
         return f"{self.id}#{index}"
 
-    def fail(self, error: str) -> None:
-        self.error = error
+    def fail(self, error: str, code: ErrorCode | None = None) -> None:
+        self.error, self.error_code = error, code
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.fail()
@@ -202,5 +211,6 @@ class _Request:
             outputs=[sequence.take(clear=self.kind == "delta") for sequence in sequences],
             finished=finished,
             error=self.error,
+            error_code=self.error_code,
             num_cached_tokens=self.cached_tokens,
         )

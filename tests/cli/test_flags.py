@@ -11,7 +11,7 @@ from jaxserve.config import DEFAULT_MODEL, EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.options import describe
 
-OTHER = {int: 7, float: 0.5, str: "text"}
+OTHER = {int: 7, float: 0.25, str: "text"}
 
 
 def config(*argv: str) -> ServerConfig:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.scheduler import Limits
+from jaxserve.engine.request import Request
+from jaxserve.engine.scheduler import Limits, Policy
+from jaxserve.errors import QueueFull
 
 from .toy_engine import VOCAB, ToyEngine, expected_output
 
@@ -18,7 +20,9 @@ def play(rng: random.Random, steps: int) -> ToyEngine:
     block_size = rng.choice([1, 2, 3, 4, 16])
     max_num_seqs = rng.randint(1, 8)
     num_blocks = rng.choice([rng.randint(2, 24), rng.randint(2, 24), 60])
-    engine = ToyEngine(num_blocks, block_size, max_num_seqs, rng.choice([0, 1, 1, 2, 3]))
+    aging = rng.choice([None, None, 1.0, 30.0])
+    policy = Policy(aging, rng.random() < 0.5, rng.choice([0.01, 0.5, 1.0]))
+    engine = ToyEngine(num_blocks, block_size, max_num_seqs, rng.choice([0, 1, 1, 2, 3]), policy=policy)
     room = engine.pool.capacity * block_size + 1
     most = Limits(max_num_seqs, max_num_seqs + rng.choice([0, 1, 3, 8, 64]))
     seqs = rng.randint(1, max_num_seqs)
@@ -30,7 +34,9 @@ def play(rng: random.Random, steps: int) -> ToyEngine:
             prompt = min(prompt, rng.choice([1, 4, 16, 256]))
             max_tokens = rng.randint(1, min(room - prompt, 24))
             stop = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 2]))]
-            engine.add(_prompt(rng, engine, prompt), max_tokens, stop, rng.choice(["", "", "other"]))
+            salt, tenant = rng.choice(["", "", "other"]), rng.choice("aab")
+            priority, now = rng.randint(-2, 2), float(engine.turns)
+            engine.add(_prompt(rng, engine, prompt), max_tokens, stop, salt, tenant, priority, now)
         if rng.random() < 0.05:
             engine.abort(rng.choice(engine.requests)) if engine.requests else None
         if rng.random() < 0.01:
@@ -102,6 +108,35 @@ def test_a_long_prompt_does_not_stop_decodes():
     engine.run(limits)
 
 
+def chunks(engine: ToyEngine, limits: Limits, steps: int) -> list[dict[Request, int]]:
+    """The number of tokens of every request in each of the next steps."""
+    return [{c.request: c.length for c in engine.step(limits).chunks} for _ in range(steps)]
+
+
+def test_a_short_prompt_passes_long_ones():
+    engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=4)
+    limits = Limits(4, 16)
+    first, second = engine.add([1] * 100, 1), engine.add([2] * 100, 1)
+    assert chunks(engine, limits, 1) == [{first: 16}]
+    short, late = engine.add([3] * 8, 1), engine.add([4] * 3, 1)
+    # each long one leaves half of what there is; what the short ones do not need goes to the first
+    assert chunks(engine, limits, 4) == [
+        {first: 8, second: 4, short: 4},
+        {first: 8, second: 4, short: 4},
+        {first: 9, second: 4, late: 3},
+        {first: 16},
+    ]
+    engine.run(limits)
+
+
+def test_without_slots_for_short_prompts_a_long_one_has_all():
+    engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=1)
+    long, _ = engine.add([1] * 40, 1), engine.add([2] * 4, 1)
+    limits = Limits(1, 16)
+    assert chunks(engine, limits, 3) == [{long: 8}, {long: 16}, {long: 16}]
+    engine.run(limits)
+
+
 def test_prompts_share_the_budget_in_order_of_arrival():
     engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=4)
     first, second, third = (engine.add([i] * 10, 1) for i in range(3))
@@ -165,22 +200,23 @@ def test_finishing_a_waiting_request():
 
 def test_preempted_with_a_token_in_flight():
     engine = ToyEngine(num_blocks=3, block_size=4, max_num_seqs=2)
-    old, new = engine.add([1, 2, 3, 4], 5), engine.add([5, 6, 7], 5)
+    old, new = engine.add([1, 2, 3], 6), engine.add([5, 6, 7], 5)
+    engine.step(Limits(2, 8))
     engine.step(Limits(2, 8))
     assert new.inflight == 1
     engine.step(Limits(2, 8))
     # its token was read while it waits, and it comes back with it
     assert list(engine.scheduler.waiting) == [new] and new.preemptions == 1
-    assert new.output == expected_output(new.spec)[:1]
+    assert new.output == expected_output(new.spec)[:2]
     engine.run(Limits(2, 8))
     assert new.preemptions == 1 and old.preemptions == 0
 
 
 def test_preempted_with_its_last_token_in_flight():
     engine = ToyEngine(num_blocks=3, block_size=4, max_num_seqs=2)
-    old, new = engine.add([1, 2, 3, 4], 5), engine.add([5, 6, 7], 1)
-    engine.step(Limits(2, 8))
-    engine.step(Limits(2, 8))
+    old, new = engine.add([1, 2, 3], 6), engine.add([5, 6, 7], 2)
+    for _ in range(3):
+        engine.step(Limits(2, 8))
     assert new.preemptions == 1
     assert new.finish_reason == "length" and not engine.scheduler.waiting
     engine.run(Limits(2, 8))
@@ -212,13 +248,130 @@ def test_a_prompt_waits_until_all_of_it_fits():
 
 def test_the_newest_gives_way_to_the_oldest():
     engine = ToyEngine(num_blocks=4, block_size=2, max_num_seqs=3)
-    requests = [engine.add([i, i], 4) for i in range(3)]
+    requests = [engine.add([i], 5) for i in range(3)]
     limits = Limits(3, 16)
     while engine.scheduler.preemptions == 0:
         engine.step(limits)
     assert requests[0].preemptions == 0 and requests[2].preemptions == 1
     engine.run(limits)
     assert requests[0].preemptions == 0
+
+
+def test_tenants_take_turns():
+    engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=1)
+    flood = [engine.add([1] * 8, 8, tenant="a") for _ in range(10)]
+    limits = Limits(1, 16)
+    for _ in range(20):
+        engine.step(limits)
+    single = [engine.add([2] * 4, 4, tenant="b") for _ in range(2)]
+    newcomer = engine.add([3] * 4, 4, tenant="c")
+    order: list[Request] = []
+    while engine.scheduler.unfinished or engine.flights:
+        order += engine.step(limits).admitted
+    # the one that runs goes on; then the newcomers' requests, each half the work of one of the flood
+    assert set(order[:2]) == {single[0], newcomer} and order.index(single[1]) <= 4
+    assert order.index(flood[-1]) == len(order) - 1
+    engine.check_finished()
+
+
+def test_a_tenant_does_not_save_up_turns():
+    engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=1)
+    limits = Limits(1, 16)
+    engine.add([1] * 4, 1, tenant="b")  # served little
+    for _ in range(5):
+        engine.add([1] * 8, 8, tenant="a")
+    engine.run(limits)
+    mine = [engine.add([1] * 8, 8, tenant="a") for _ in range(3)]
+    others = [engine.add([1] * 8, 8, tenant="b") for _ in range(3)]
+    order: list[Request] = []
+    while engine.scheduler.unfinished or engine.flights:
+        order += engine.step(limits).admitted
+    turns = [r.spec.tenant for r in order]
+    assert abs(turns[:4].count("a") - turns[:4].count("b")) <= 1 and set(order) == {*mine, *others}
+
+
+def test_without_fair_share_the_first_come_is_first_served():
+    engine = ToyEngine(100, 4, max_num_seqs=1, policy=Policy(fair_share=False))
+    requests = [engine.add([1] * 8, 3, tenant=tenant) for tenant in "aaaab"]
+    order: list[Request] = []
+    while engine.scheduler.unfinished or engine.flights:
+        order += engine.step(Limits(1, 16)).admitted
+    assert order == requests
+
+
+def test_priority_takes_the_place_of_what_it_outranks():
+    engine = ToyEngine(100, 4, max_num_seqs=2, policy=Policy(aging=10.0))
+    limits = Limits(2, 16)
+    low, middle = engine.add([1], 30, priority=5), engine.add([2], 30, priority=2)
+    for _ in range(5):
+        engine.step(limits)
+    high = engine.add([3] * 4, 4, priority=-1, now=5.0)
+    assert high in engine.step(limits).admitted
+    assert list(engine.scheduler.waiting) == [low] and middle in engine.scheduler.running
+    equal = engine.add([4], 4, priority=2, now=6.0)
+    engine.step(limits)
+    assert set(engine.scheduler.waiting) == {low, equal}
+    engine.run(limits)  # which sees that `low` has exactly its tokens
+    assert (low.preemptions, middle.preemptions, high.preemptions) == (1, 0, 0)
+
+
+def test_priority_makes_room_in_the_pool():
+    engine = ToyEngine(num_blocks=9, block_size=4, max_num_seqs=4, policy=Policy(aging=10.0))
+    limits = Limits(4, 64)
+    low = engine.add([1] * 20, 8, priority=1)
+    engine.step(limits)
+    engine.add([2] * 16, 2)
+    engine.step(limits)
+    assert list(engine.scheduler.waiting) == [low]
+    engine.run(limits)
+
+
+def test_one_that_waits_grows_older_than_priority():
+    engine = ToyEngine(100, 4, max_num_seqs=1, policy=Policy(aging=10.0))
+    limits = Limits(1, 16)
+    low = engine.add([1], 5, priority=3)
+    for second in range(200):  # more of higher priority than can ever be served
+        engine.add([2] * 4, 5, priority=0, now=float(second))
+        engine.step(limits)
+    assert low.finish_reason == "length"
+    engine.run(limits)
+
+
+def test_priority_counts_within_a_tenant_when_tenants_take_turns():
+    engine = ToyEngine(100, 4, max_num_seqs=1, policy=Policy(aging=10.0))
+    calm = engine.add([1] * 4, 20, tenant="a")
+    engine.step(Limits(1, 16))
+    engine.add([2] * 4, 20, tenant="b", priority=-100)
+    engine.run(Limits(1, 16))
+    assert calm.preemptions == 0
+
+
+def test_a_full_queue_refuses():
+    engine = ToyEngine(100, 4, max_num_seqs=2, policy=Policy(max_queued=1))
+    limits = Limits(2, 16)
+    for _ in range(3):  # two could run at once
+        engine.add([1], 4)
+    with pytest.raises(QueueFull, match="3 sequences"):
+        engine.add([1], 4)
+    engine.step(limits)
+    with pytest.raises(QueueFull, match="1 sequences"):
+        engine.add([1], 4)
+    engine.run(limits)
+    engine.add([1], 4)
+    engine.run(limits)
+
+
+def test_free_slots_are_no_queue_places_when_the_pool_is_full():
+    engine = ToyEngine(5, 4, max_num_seqs=4, policy=Policy(max_queued=1))
+    limits = Limits(4, 16)
+    engine.add([1] * 12, 4)
+    waits = engine.add([2] * 12, 4)
+    engine.step(limits)
+    with pytest.raises(QueueFull):
+        engine.add([1], 4)
+    engine.abort(waits)
+    engine.add([1], 4)
+    engine.run(limits)
 
 
 LIMITS = Limits(8, 64)

@@ -11,7 +11,8 @@ from jaxserve.engine.batch import FROM_DEVICE, Bucket, StepLayout
 from jaxserve.engine.blocks import DUMMY, BlockPool
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.request import Request
-from jaxserve.engine.scheduler import Chunk, Limits, Schedule, Scheduler
+from jaxserve.engine.scheduler import Chunk, Limits, Policy, Schedule, Scheduler
+from jaxserve.engine.waiting import rank
 
 VOCAB = 40
 LOST = None
@@ -85,15 +86,17 @@ class ToyEngine:
         max_num_seqs: int,
         depth: int = 1,
         prefix_cache: bool = True,
+        policy: Policy = Policy(),  # noqa: B008
     ):
         self.depth = depth
         """Steps whose tokens are unread while the next one is planned."""
         self.max_num_seqs = max_num_seqs
         self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.pool, max_num_seqs, prefix_cache)
+        self.scheduler = Scheduler(self.pool, max_num_seqs, prefix_cache, policy)
         self.device = ToyDevice(num_blocks, block_size, max_num_seqs)
         self.flights: deque[list[tuple[Chunk, int | None]]] = deque()
         self.requests: list[Request] = []
+        self.turns = 0
         self._computed: dict[Request, int] = {}
 
     def add(
@@ -102,6 +105,9 @@ class ToyEngine:
         max_tokens: int,
         stop: list[int] = [],  # noqa: B006
         salt: str = "",
+        tenant: str = "",
+        priority: int = 0,
+        now: float = 0.0,
     ) -> Request:
         spec = CoreRequest(
             id=str(len(self.requests)),
@@ -109,12 +115,15 @@ class ToyEngine:
             max_tokens=max_tokens,
             stop_token_ids=stop,
             cache_salt=salt,
+            tenant=tenant,
+            priority=priority,
         )
-        self.requests.append(self.scheduler.add(spec))
+        self.requests.append(self.scheduler.add(spec, now))
         return self.requests[-1]
 
     def step(self, limits: Limits) -> Schedule:
         """Dispatch a step, then read the one that was dispatched `depth` steps before it."""
+        self.turns += 1
         before = list(self.scheduler.running)
         decoding = [request for request in before if request.pending == 1]
         schedule = self.scheduler.schedule(limits)
@@ -175,20 +184,20 @@ class ToyEngine:
             assert length > 0 and start == self._computed[request]
             self._computed[request] += length
             assert samples == (start + length == request.length - samples)
-        # the oldest stays, and whoever decodes and stays gets a token
-        assert before[:1] == running[: len(before[:1])]
+        # whoever decodes and stays gets a token
         assert scheduled.issuperset(request for request in decoding if request in running)
-        # older requests were not passed by those that came in
-        assert before[: len(running) - len(schedule.admitted)] + schedule.admitted == running
+        stayed = [r for r in before if r in running and r not in schedule.admitted]
+        if self.scheduler.policy.aging is None:  # the first stays, and none gives way to those that rank after it
+            assert before[:1] == stayed[:1] and before[: len(stayed)] == stayed
+        assert running == sorted(stayed + schedule.admitted, key=rank)
         if not self.flights:
             assert chunks or not self.scheduler.unfinished
 
     def check_state(self, limits: Limits) -> None:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert len(running) <= limits.seqs
-        arrivals = [request.arrival for request in [*running, *waiting]]
-        assert arrivals == sorted(set(arrivals))
-        assert self.scheduler.unfinished == len(arrivals)
+        everyone = {request.rank for request in [*running, *waiting]}
+        assert self.scheduler.unfinished == len(everyone) == len(running) + len(waiting)
         slots = [request.slot for request in running]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.max_num_seqs))
         assert all(request.slot is None and not request.blocks for request in waiting)

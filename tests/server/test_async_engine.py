@@ -274,7 +274,7 @@ def test_a_lane_with_work_and_no_steps_is_stalled():
     lane.handle(Status(state="ready", steps=1))
     now = 100.0
     assert lane.stalled_seconds == 0  # nothing to do
-    lane.add("a", None, [1], SamplingParams(), "")
+    lane.add("a", None, [1], SamplingParams(), "", "")
     now = 130.0
     lane.handle(Status(state="ready", steps=1))
     assert lane.stalled_seconds == 30

@@ -36,7 +36,6 @@ SAMPLING: NoOps = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "priority": (0,),
     "echo": (False,),
     "request_id": (),
     "return_token_ids": (False,),

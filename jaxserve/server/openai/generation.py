@@ -2,15 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
-from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.server.errors import ApiError
+from jaxserve.server.errors import ApiError, unavailable
 from jaxserve.server.openai.requests import renamed
 from jaxserve.server.openai.responses import Usage
+from jaxserve.server.state import ServerState
+
+T = TypeVar("T")
 
 
 class Generation:
@@ -21,17 +24,21 @@ class Generation:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        state: ServerState,
         prompts: Sequence[str | list[int]],
         cache_salt: str,
+        tenant: str,
         params: SamplingParams,
         written: dict[str, str],
     ):
         self.created = int(time.time())
         self.usage = Usage()
-        self._engine = engine
+        self._engine = state.engine
+        self._timeout = state.request_timeout
+        self._deadline = self._timeout and asyncio.get_running_loop().time() + self._timeout
         self._prompts = prompts
         self._cache_salt = cache_salt
+        self._tenant = tenant
         self._params = params
         self._written = written
 
@@ -40,7 +47,10 @@ class Generation:
         seen = set()
         runs = [self._run(i) for i in range(len(self._prompts))]
         async with aclosing(_merge(runs)) as merged:
-            async for i, output in merged:
+            while item := await self._in_time(anext(merged, None)):
+                i, output = item
+                if output.error_code == "queue_full":
+                    raise unavailable(f"the server is busy: {output.error}", "queue_full")
                 if output.error is not None:
                     raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
                 if i not in seen:
@@ -49,12 +59,20 @@ class Generation:
                 self.usage.count_output(output)
                 yield i, output
 
+    async def _in_time(self, item: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await item
+        except TimeoutError:
+            told = f"the request took longer than the {self._timeout:g} s that this server gives it"
+            raise ApiError(504, told, code="request_timeout") from None
+
     async def _run(self, i: int) -> AsyncGenerator[RequestOutput]:
         written = self._written if len(self._prompts) == 1 else self._written | {"prompt": f"prompt[{i}]"}
         with renamed(written):
             kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
             prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
-            async with aclosing(self._engine.generate(prompt, self._params)) as outputs:
+            async with aclosing(self._engine.generate(prompt, self._params, tenant=self._tenant)) as outputs:
                 async for output in outputs:
                     yield output
 
