@@ -11,6 +11,7 @@ from jaxserve.options import describe
 RENAMED = {
     "gpu_memory_utilization": "memory_fraction",
     "num_gpu_blocks_override": "num_blocks",
+    "async_scheduling": "overlap",
 }
 MESH = ("tensor_parallel_size", "data_parallel_size")
 VALUES = {

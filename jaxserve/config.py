@@ -47,6 +47,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_num_queued_reqs: Annotated[
         int | None, about("sequences that may wait; more are refused with a 503")
     ] = None
+    overlap: Annotated[bool, about("plan and dispatch a step before the last one's tokens are read")] = True
     memory_fraction: Annotated[float, about("part of the device's memory the engine may use")] = 0.9
     attention: Annotated[
         Literal["auto", "xla", "cpu", "gpu", "reference"], about("implementation of paged attention")

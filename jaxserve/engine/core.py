@@ -86,6 +86,7 @@ class EngineCore:
             self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, _policy(config)
         )
         self._flights: deque[Flight] = deque()
+        self._overlap = config.overlap
         self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
         self._refused: list[CoreOutput] = []
@@ -135,7 +136,7 @@ class EngineCore:
             schedule = self._scheduler.schedule(self._programs.limits)
             if schedule.chunks:
                 self._flights.append(self._launch(schedule))
-            ahead = 1 if schedule.chunks else 0
+            ahead = 1 if schedule.chunks and self._overlap else 0
             while len(self._flights) > ahead or (self._flights and self._flights[-1].error):
                 outputs += self._collect()
         return outputs
