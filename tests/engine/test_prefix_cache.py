@@ -109,3 +109,20 @@ def test_sequences_of_one_prompt_share_it(engine):
     after = engine.stats()
     assert after["prefix_cache_hits"] - before["prefix_cache_hits"] == 3 * 32
     assert output.num_cached_tokens == 0
+
+
+def test_a_hundred_prompts_share_a_long_beginning(make_llama):
+    """Their own tokens are computed, and those that they share once."""
+    model = make_llama("long-context", max_position_embeddings=2048)
+    system = [6 + i * i % 250 for i in range(1000)]
+    prompts = [[*system, *(6 + (i * k) % 250 for k in range(1, 25))] for i in range(1, 101)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    answers, computed = [], []
+    for caching in (False, True):
+        options = {"dtype": "float32", "max_num_seqs": 8, "num_blocks": 400}
+        with Engine(str(model), enable_prefix_caching=caching, **options) as engine:
+            answers.append(ids(engine.generate(prompts, params)))
+            stats = engine.stats()
+            computed.append(stats["prompt_tokens"] - stats["prefix_cache_hits"])
+    assert answers[0] == answers[1]
+    assert computed[0] == 100 * 1024 and computed[1] < computed[0] / 10
