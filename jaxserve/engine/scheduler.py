@@ -9,6 +9,7 @@ is full the one that ranks last is preempted and recomputed later; the first nev
 import math
 from bisect import insort
 from collections import deque
+from itertools import islice
 from typing import NamedTuple
 
 from jaxserve.engine.blocks import BlockPool
@@ -199,7 +200,8 @@ class Scheduler:
         """More tokens than this make a prompt one that leaves room to shorter ones; infinite without such."""
         long = self.policy.prompt_share * budget
         under_way = any(1 < request.pending <= long for request in self.running)
-        return long if under_way or any(request.length <= long for request in self.waiting) else math.inf
+        candidates = islice(self.waiting, len(self._slots))
+        return long if under_way or any(request.length <= long for request in candidates) else math.inf
 
     def _share(self, wanted: int, budget: int, long: float) -> int:
         return min(wanted, math.ceil(self.policy.prompt_share * budget) if wanted > long else budget)
