@@ -133,7 +133,7 @@ def test_without_slots_for_short_prompts_a_long_one_has_all():
     engine = ToyEngine(num_blocks=100, block_size=4, max_num_seqs=1)
     long, _ = engine.add([1] * 40, 1), engine.add([2] * 4, 1)
     limits = Limits(1, 16)
-    assert chunks(engine, limits, 3) == [{long: 8}, {long: 16}, {long: 16}]
+    assert chunks(engine, limits, 3) == [{long: 16}, {long: 16}, {long: 8}]
     engine.run(limits)
 
 
