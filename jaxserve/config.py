@@ -90,6 +90,12 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
     request_timeout: Annotated[
         float | None, about("seconds that a request may take, waiting included; after them: a 504")
     ] = None
+    stall_timeout: Annotated[
+        int, about("seconds without a finished step or sign of life before an engine is restarted; 0: never")
+    ] = 300
+    retry_on_restart: Annotated[
+        bool, about("run requests again that were lost with their engine before anything of them was sent")
+    ] = False
     shutdown_timeout: Annotated[float, about("seconds that running requests get on SIGTERM")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("how much to log")] = "info"
 
@@ -100,6 +106,7 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
         _at_least("max_body_size", self.max_body_size, 1)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ConfigError(f"request_timeout must be above 0, not {self.request_timeout}")
+        _at_least("stall_timeout", self.stall_timeout or None, 5)
         if self.shutdown_timeout < 0:
             raise ConfigError(f"shutdown_timeout must not be negative, not {self.shutdown_timeout}")
 

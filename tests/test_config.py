@@ -32,6 +32,7 @@ def test_build_checks_types_and_takes_paths_and_single_strings():
         ({"num_blocks": 1}, "num_blocks must be at least 2, not 1"),
         ({"memory_fraction": 1.5}, "memory_fraction must be above 0 and at most 1, not 1.5"),
         ({"shutdown_timeout": -1}, "shutdown_timeout must not be negative"),
+        ({"stall_timeout": 1}, "stall_timeout must be at least 5, not 1"),
         ({"mesh": "axb"}, "mesh must look like 4x1"),
         ({"no_such": 1}, "no_such"),
     ],

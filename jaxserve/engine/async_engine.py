@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -9,12 +10,12 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.config import EngineConfig, parse_mesh
-from jaxserve.engine.lane import Lane
+from jaxserve.engine.lane import Job, Lane
 from jaxserve.engine.messages import FromCore, Hello, ResetPrefixCache
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
 from jaxserve.engine.stats import add_up
-from jaxserve.errors import EngineDied, InvalidRequest
+from jaxserve.errors import EngineDied, InvalidRequest, JaxserveError
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
@@ -30,6 +31,9 @@ ENCODE_INLINE = 4096
 STATS_SECONDS = 2.0
 """How long `replica_stats` waits for a replica's answer."""
 
+WATCH_SECONDS = 0.5
+"""Between two looks at the replicas' signs of life."""
+
 T = TypeVar("T")
 
 
@@ -37,7 +41,8 @@ class AsyncEngine:
     """Generates for many callers at once.
 
     `AsyncEngine(model=…, **options)` runs its cores in threads of this process; nothing is loaded before
-    `start` or the first `generate`. All methods belong on one event loop at a time.
+    `start` or the first `generate`. All methods belong on one event loop at a time. For `stall_timeout` and
+    `retry_on_restart` see docs/server.md; a core in a thread that hangs is given up.
     """
 
     def __init__(
@@ -46,14 +51,23 @@ class AsyncEngine:
         *,
         replicas: Sequence[Replica] | None = None,
         chat_template: str | None = None,
+        stall_timeout: float = 0.0,
+        retry_on_restart: bool = False,
         **options: Any,
     ):
         self.config = config or build(EngineConfig, options)
         if replicas is None:
             replicas = [ThreadReplica(i) for i in range(parse_mesh(self.config.mesh).data)]
         self._chat_template = chat_template
-        self._lanes = [Lane(replica, self._make_processor) for replica in replicas]
+        self._stall_timeout = stall_timeout
+        self._retry_on_restart = retry_on_restart
+        self._lanes = [Lane(replica, self._make_processor, self._take_back) for replica in replicas]
+        self._waiting: dict[str, Job] = {}
+        """Requests that a core took with it, until there is one that is ready."""
         self._starting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._closed = ""
+        """Why."""
         self._has_text = False
         self._settled = asyncio.Event()
         """A replica is ready, or none will ever be."""
@@ -87,9 +101,10 @@ class AsyncEngine:
         return min((min(hello.max_model_len, hello.max_request_tokens) for hello in hellos), default=None)
 
     @property
-    def stalled_seconds(self) -> float:
-        """How long a replica has had requests without finishing a step."""
-        return max(lane.stalled_seconds for lane in self._lanes)
+    def stuck(self) -> str | None:
+        """Why a replica counts as hung; None while all get on with their work."""
+        reasons = (lane.stuck(self._stall_timeout or math.inf) for lane in self._lanes if not lane.gone)
+        return next(filter(None, reasons), None)
 
     async def start(self) -> None:
         """Load the model and return when it can serve. Raises `ModelError` or `EngineDied`."""
@@ -104,6 +119,8 @@ class AsyncEngine:
         config = EngineConfig(**{**options, "model": model})
         for lane in self._lanes:
             lane.replica.start(config, partial(self._deliver, lane))
+        if self._stall_timeout:
+            self._watching = asyncio.create_task(self._watch())
         await asyncio.to_thread(lambda: self._text)
         self._has_text = True
         await self._settled.wait()
@@ -131,26 +148,25 @@ class AsyncEngine:
         content, cache_salt = parse_prompt(prompt)
         text, ids = await self._encode(content)
         request_id = request_id or uuid.uuid4().hex
-        if any(request_id in lane.streams for lane in self._lanes):
+        if self._job(request_id):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
-        lane = self._choose_lane()
-        stream = lane.add(request_id, text, ids, params or self.default_params(), cache_salt, tenant)
+        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant)
+        self._choose_lane().add(job)
         try:
-            while (item := await stream.get()) is not None:
+            while (item := await job.stream.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
                 if item.finished:
                     return
         finally:
-            lane.abort(request_id)
+            self._forget(request_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its iterator ends. Unknown ids are ignored."""
-        for lane in self._lanes:
-            if (stream := lane.streams.get(request_id)) is not None:
-                lane.abort(request_id)
-                stream.put_nowait(None)
+        if job := self._job(request_id):
+            self._forget(request_id)
+            job.stream.put_nowait(None)
 
     async def stats(self) -> dict[str, Any]:
         """The counters of `Engine.stats()`, added up over the replicas that are ready; empty when none is."""
@@ -181,8 +197,12 @@ class AsyncEngine:
         """End every request, with an `EngineDied` that gives the reason, and stop the cores."""
         if self._starting is None:
             return
+        self._closed = reason
+        if self._watching:
+            self._watching.cancel()
         for lane in self._lanes:
             lane.end(reason)
+        self._place()
         if not self._starting.done():
             self._starting.cancel()
             await asyncio.wait({self._starting})
@@ -231,8 +251,45 @@ class AsyncEngine:
     def _choose_lane(self) -> Lane:
         ready = [lane for lane in self._lanes if lane.ready]
         if not ready:
-            raise EngineDied(self.failure or f"the engine is {self.state}")
-        return min(ready, key=lambda lane: len(lane.streams))
+            raise EngineDied(self._closed or self.failure or f"the engine is {self.state}")
+        return min(ready, key=lambda lane: len(lane.jobs))
+
+    def _job(self, request_id: str) -> Job | None:
+        """The request of that id that has not ended."""
+        held = (self._waiting, *(lane.jobs for lane in self._lanes))
+        return next((jobs[request_id] for jobs in held if request_id in jobs), None)
+
+    def _forget(self, request_id: str) -> None:
+        self._waiting.pop(request_id, None)
+        for lane in self._lanes:
+            lane.abort(request_id)
+
+    def _take_back(self, job: Job) -> bool:
+        """Keep a request for another core, once: it may be the one that its core dies of."""
+        if not (self._retry_on_restart and job.fresh):
+            return False
+        job.fresh = False
+        self._waiting[job.request_id] = job
+        return True
+
+    def _place(self) -> None:
+        """Give the waiting requests to cores that are ready; an error if there will never be one."""
+        if self._waiting and (self.ready or self.failure is not None or self._closed):
+            waiting, self._waiting = self._waiting, {}
+            for job in waiting.values():
+                try:
+                    self._choose_lane().add(job)
+                except JaxserveError as error:
+                    job.stream.put_nowait(error)
+
+    async def _watch(self) -> None:
+        """Have replicas killed that hang."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for lane in self._lanes:
+                lane.watch(WATCH_SECONDS)
+                if not lane.gone and (reason := lane.stuck(self._stall_timeout)):
+                    lane.replica.kill(reason)
 
     def _make_processor(self, hello: Hello) -> "OutputProcessor":
         from jaxserve.text.output import OutputProcessor
@@ -252,7 +309,10 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._handle, lane, message)
 
     def _handle(self, lane: Lane, message: FromCore | Died) -> None:
+        if self._closed:
+            return
         lane.handle(message)
+        self._place()
         if self.failure is not None:
             self._failed.set()
         if all(each.ready or each.gone for each in self._lanes):

@@ -51,6 +51,7 @@ class CoreLoop:
         self._make_core = make_core
         self._emit = emit
         self._inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._core: Core | None = None
         self._ended = threading.Event()
 
     def send(self, message: ToCore) -> None:
@@ -58,18 +59,20 @@ class CoreLoop:
 
     def run(self) -> None:
         """Load, then serve. Raises what the core raises."""
-        self._emit(Status(state="loading"))
-        core = self._make_core()
+        self._emit(self._status())
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
         try:
-            threading.Thread(target=self._heartbeat, args=(core,), name="heartbeat", daemon=True).start()
+            core = self._make_core()
             self._emit(core.hello)
-            self._emit(self._status(core))
+            self._core = core
+            self._emit(self._status())
             while self._receive(core):
                 if outputs := core.step():
                     self._emit(Outputs(outputs))
         finally:
             self._ended.set()
-            core.close()
+            if self._core:
+                self._core.close()
 
     def _receive(self, core: Core) -> bool:
         """Hand the core all that is waiting; sleep while it has nothing to do. False: time to end."""
@@ -90,10 +93,11 @@ class CoreLoop:
                 case Shutdown():
                     return False
 
-    def _heartbeat(self, core: Core) -> None:
+    def _heartbeat(self) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
             while not self._ended.wait(HEARTBEAT_SECONDS):
-                self._emit(self._status(core))
+                self._emit(self._status())
 
-    def _status(self, core: Core) -> Status:
-        return Status(state=core.state, steps=core.steps)
+    def _status(self) -> Status:
+        core = self._core
+        return Status(state=core.state, steps=core.steps) if core else Status(state="loading")

@@ -1,34 +1,50 @@
 """One replica's requests: text goes in, tokens come back, text comes out."""
 
 import asyncio
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.engine.messages import FromCore, Hello, Outputs, Stats, StatsRequest, Status
 from jaxserve.engine.replica import Died, Replica
-from jaxserve.errors import EngineDied
+from jaxserve.errors import EngineDied, JaxserveError
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.text.output import OutputProcessor
 
-Stream = asyncio.Queue[RequestOutput | EngineDied | None]
+Stream = asyncio.Queue[RequestOutput | JaxserveError | None]
 """What one request's iterator yields; None: it was aborted."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request as it came, so that it can be given to another core, and where its outputs go."""
+
+    request_id: str
+    text: str | None
+    ids: list[int]
+    params: SamplingParams
+    cache_salt: str
+    tenant: str
+    stream: Stream = field(default_factory=asyncio.Queue)
+    fresh: bool = True
+    """Nothing of it has been handed out, and it was in no core that died."""
 
 
 class Lane:
     """A replica with its text side. Lives on the event loop.
 
-    `make_processor(hello)` makes the text side for the model that a core has loaded.
+    `make_processor(hello)` makes the text side for the model that a core has loaded. `take_back(job)` says
+    whether a job that a core took with it lives on; else it ends with the error.
     """
 
     def __init__(
         self,
         replica: Replica,
         make_processor: "Callable[[Hello], OutputProcessor]",
-        clock: Callable[[], float] = time.monotonic,
+        take_back: Callable[[Job], bool] = lambda job: False,
     ):
         self.replica = replica
         self.status = Status(state="loading")
@@ -38,46 +54,51 @@ class Lane:
         self.restarts = 0
         """How often the core died and was started again."""
         self.hello: Hello | None = None
-        self.streams: dict[str, Stream] = {}
+        self.jobs: dict[str, Job] = {}
         self._make_processor = make_processor
         self._processor: OutputProcessor | None = None
         self._asking: set[asyncio.Future[dict[str, Any]]] = set()
-        self._clock = clock
-        self._progress = clock()
+        self._take_back = take_back
+        self._silent = 0.0
+        """Seconds since the last sign of life."""
+        self._stalled = 0.0
+        """Seconds since there was progress, or nothing to do."""
 
     @property
     def ready(self) -> bool:
         return self.hello is not None and self.status.state in ("ready", "warm")
 
-    @property
-    def stalled_seconds(self) -> float:
-        """How long it has had requests without finishing a step."""
-        return self._clock() - self._progress if self.streams else 0.0
+    def watch(self, seconds: float) -> None:
+        """So much time went by. It is counted, not read from a clock: while this process itself is stopped,
+        or too busy to listen, none does."""
+        self._silent += seconds
+        self._stalled += seconds
 
-    def add(
-        self,
-        request_id: str,
-        text: str | None,
-        ids: list[int],
-        params: SamplingParams,
-        cache_salt: str,
-        tenant: str,
-    ) -> Stream:
+    def stuck(self, limit: float) -> str | None:
+        """Why the core counts as hung, after `limit` seconds; None while it gets on."""
+        if self._silent >= limit:
+            return f"the engine has given no sign of life for {self._silent:.0f} s"
+        if self.jobs and self._stalled >= limit:
+            return f"the engine has work but finished no step for {self._stalled:.0f} s"
+        return None
+
+    def add(self, job: Job) -> None:
         """Start a request on a core that is ready. Raises `InvalidRequest`."""
         if self._processor is None:
             assert self.hello is not None
             self._processor = self._make_processor(self.hello)
-        requests = self._processor.add(request_id, text, ids, params, cache_salt, tenant)
-        if not self.streams:
-            self._progress = self._clock()
-        stream = self.streams[request_id] = asyncio.Queue()
+        requests = self._processor.add(
+            job.request_id, job.text, job.ids, job.params, job.cache_salt, job.tenant
+        )
+        if not self.jobs:
+            self._stalled = 0.0
+        self.jobs[job.request_id] = job
         for request in requests:
             self.replica.send(request)
-        return stream
 
     def abort(self, request_id: str) -> None:
         """Unknown and finished requests are ignored."""
-        if self.streams.pop(request_id, None) is not None and self._processor is not None:
+        if self.jobs.pop(request_id, None) is not None and self._processor is not None:
             for abort in self._processor.abort(request_id):
                 self.replica.send(abort)
 
@@ -92,12 +113,15 @@ class Lane:
             self._asking.discard(reply)
 
     def handle(self, message: FromCore | Died) -> None:
+        if self.gone:  # a thread that was given up may speak again
+            return
+        self._silent = 0.0
         match message:
             case Outputs():
                 self._process(message)
             case Status():
-                if message.steps != self.status.steps:
-                    self._progress = self._clock()
+                if (message.state, message.steps) != (self.status.state, self.status.steps):
+                    self._stalled = 0.0
                 self.status = message
             case Hello():
                 self.hello = message
@@ -110,12 +134,13 @@ class Lane:
                 self.end(f"the engine died: {message.reason}")
 
     def end(self, reason: str) -> None:
-        """The core is gone: fail all that was in it."""
+        """The core is gone: fail all that was in it and does not live on."""
         self.status = Status(state="loading")
         self._processor = None
-        streams, self.streams = self.streams, {}
-        for stream in streams.values():
-            stream.put_nowait(EngineDied(reason))
+        jobs, self.jobs = self.jobs, {}
+        for job in jobs.values():
+            if not self._take_back(job):
+                job.stream.put_nowait(EngineDied(reason))
         for reply in self._pending():
             reply.set_exception(EngineDied(reason))
 
@@ -125,13 +150,14 @@ class Lane:
     def _process(self, message: Outputs) -> None:
         if self._processor is None:
             return
-        self._progress = self._clock()
+        self._stalled = 0.0
         outputs, aborts = self._processor.process(message.outputs)
         for output in outputs:
-            stream = self.streams.get(output.request_id)
-            if stream is not None:
-                stream.put_nowait(output)
+            job = self.jobs.get(output.request_id)
+            if job is not None:
+                job.fresh = False
+                job.stream.put_nowait(output)
                 if output.finished:
-                    del self.streams[output.request_id]
+                    del self.jobs[output.request_id]
         for abort in aborts:
             self.replica.send(abort)

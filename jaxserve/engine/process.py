@@ -3,6 +3,7 @@
 A frame is four bytes of length, then a msgpack message of `jaxserve.engine.messages`.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from jaxserve.engine.messages import FromCore, Status, ToCore
 from jaxserve.errors import JaxserveError
 
 LENGTH = struct.Struct(">I")
+PR_SET_PDEATHSIG = 1
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -70,6 +72,19 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, JaxserveError) else f"{type(error).__name__}: {error}"
 
 
+def _end_with_parent() -> None:
+    """Let Linux end this process with the one that started it, stuck or stopped as it may be; elsewhere the
+    end of the socket has to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _engine_core(config: EngineConfig) -> Core:
+    from jaxserve.engine.core import EngineCore  # heartbeats go out while jax is imported
+
+    return EngineCore(config)
+
+
 def _read(sock: socket.socket, loop: CoreLoop) -> None:
     decoder = msgspec.msgpack.Decoder(ToCore)
     stream = sock.makefile("rb")
@@ -81,18 +96,14 @@ def _read(sock: socket.socket, loop: CoreLoop) -> None:
     os._exit(0)  # the HTTP process is gone, and no one is left to serve
 
 
-def main(argv: list[str], factory: Callable[..., Core] | None = None) -> None:
+def main(argv: list[str], factory: Callable[[EngineConfig], Core] = _engine_core) -> None:
     """`argv`: file descriptor of the socket, replica, log level, and the EngineConfig as JSON."""
+    _end_with_parent()
     fd, replica, log_level, options = argv
     config = msgspec.json.decode(options, type=EngineConfig)
     logging.basicConfig(
         level=log_level.upper(), format=f"%(asctime)s %(levelname)s engine[{replica}] %(name)s: %(message)s"
     )
-
-    if factory is None:
-        from jaxserve.engine.core import EngineCore
-
-        factory = EngineCore
     config = with_own_devices(config, int(replica))
     status = run(socket.socket(fileno=int(fd)), partial(factory, config))
     sys.stdout.flush()

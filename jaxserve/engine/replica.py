@@ -45,6 +45,7 @@ class Replica(Protocol):
 
     def start(self, config: EngineConfig, deliver: Deliver) -> None: ...
     def send(self, message: ToCore) -> None: ...
+    def kill(self, reason: str) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -70,6 +71,10 @@ class ThreadReplica:
 
     def send(self, message: ToCore) -> None:
         self._loop.send(message)
+
+    def kill(self, reason: str) -> None:
+        """A thread cannot be ended: it is given up."""
+        self._deliver(Died(reason, for_good=True))
 
     async def close(self) -> None:
         if self._thread is not None:
@@ -109,6 +114,9 @@ class ProcessReplica:
         self._supervisor: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._killed = ""
+        """Why it was killed."""
+        self._was_ready = False
         self._serving = False
         self._closing = False
 
@@ -125,6 +133,13 @@ class ProcessReplica:
         if self._writer is not None:
             self._writer.write(encode_frame(message))
 
+    def kill(self, reason: str) -> None:
+        """End the process, stuck or stopped as it may be; it is started again."""
+        if self._process is not None and self._writer is not None:
+            self._killed = reason
+            _kill(self._process)
+            self._writer.close()  # its own end of the socket stays open while the system holds it
+
     async def close(self) -> None:
         self._closing = True
         if self._supervisor is None:
@@ -138,26 +153,23 @@ class ProcessReplica:
     async def _supervise(self) -> None:
         failed_starts = 0
         while True:
+            self._killed, self._was_ready = "", False
             try:
-                was_ready, reason = await self._run_once()
-                told_why = bool(reason) and not was_ready
-            except OSError as error:  # too little memory, perhaps, which may pass
-                was_ready, told_why, reason = False, False, f"cannot start the engine process: {error}"
+                died = await self._run_once()
+            except Exception as error:  # too little memory, perhaps, which may pass
+                died = Died(f"the engine process cannot be run: {reason_of(error)}", for_good=False)
             if self._closing:
                 return
-            failed_starts = 0 if was_ready else failed_starts + 1
-            for_good = told_why or failed_starts >= MAX_FAILED_STARTS
-            if not reason:
-                assert self._process is not None
-                reason = f"the engine process ended with status {self._process.returncode}"
-            self._deliver(Died(reason, for_good))
-            if for_good:
+            failed_starts = 0 if self._was_ready else failed_starts + 1
+            died.for_good |= failed_starts >= MAX_FAILED_STARTS
+            self._deliver(died)
+            if died.for_good:
                 return
-            log.error("%s; it is started again", reason)
+            log.error("%s; it is started again", died.reason)
             await asyncio.sleep(BACKOFF_SECONDS * 2**failed_starts)
 
-    async def _run_once(self) -> tuple[bool, str]:
-        """One life of the process: whether it ever got ready, and the reason it gave for its end."""
+    async def _run_once(self) -> Died:
+        """One life of the process, and how it ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = process = await asyncio.create_subprocess_exec(
@@ -169,26 +181,40 @@ class ProcessReplica:
                 self._options,
                 pass_fds=[theirs.fileno()],
             )
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        was_ready, reason = False, ""
+        told = ""
         try:
+            reader, self._writer = await asyncio.open_unix_connection(sock=ours)
             async for message in _messages(reader):
                 if isinstance(message, Status):
                     self._serving = message.state in ("ready", "warm")
-                    was_ready |= self._serving
-                    reason = message.message
+                    self._was_ready |= self._serving
+                    told = message.message
                 self._deliver(message)
-            await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
-        except TimeoutError:
-            reason = "the engine process closed its socket without ending"
+            if not self._killed and not await _ended(process):
+                self.kill("the engine process closed its socket without ending")
         finally:
             self._serving = False
-            self._writer.close()
-            self._writer = None
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        return was_ready, reason
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            _kill(process)
+            ended = await _ended(process)
+        reason = self._killed or told or f"the engine process ended with status {process.returncode}"
+        if not ended:
+            return Died(f"{reason}; its process {process.pid} cannot be killed", for_good=True)
+        return Died(reason, for_good=bool(told) and not self._was_ready)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+
+
+async def _ended(process: asyncio.subprocess.Process) -> bool:
+    """Whether it ends within `CLOSE_SECONDS`."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
+    return process.returncode is not None
 
 
 async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[FromCore]:

@@ -8,9 +8,6 @@ import jaxserve
 from jaxserve.server.errors import unavailable
 from jaxserve.server.state import ServerState
 
-STALL_SECONDS = 60.0
-"""The engine counts as stuck when it has work and finishes no step for this long."""
-
 
 def routes(state: ServerState) -> list[Route]:
     engine = state.engine
@@ -23,8 +20,8 @@ def routes(state: ServerState) -> list[Route]:
         """The engine lives and gets on with its work."""
         if not engine.ready:
             raise unavailable(f"the engine is {engine.state}")
-        if (stalled := engine.stalled_seconds) > STALL_SECONDS:
-            raise unavailable(f"the engine has work but finished no step for {stalled:.0f} s")
+        if stuck := engine.stuck:
+            raise unavailable(stuck)
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:

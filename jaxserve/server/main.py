@@ -32,7 +32,13 @@ def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
     )
     if replicas is None:
         replicas = [ProcessReplica(i, config.log_level) for i in range(parse_mesh(config.mesh).data)]
-    engine = AsyncEngine(config, replicas=replicas, chat_template=config.chat_template)
+    engine = AsyncEngine(
+        config,
+        replicas=replicas,
+        chat_template=config.chat_template,
+        stall_timeout=config.stall_timeout,
+        retry_on_restart=config.retry_on_restart,
+    )
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:
@@ -69,11 +75,14 @@ async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.soc
         await _drain(state, config.shutdown_timeout)
     elif failed.done():
         status = _fail(failed.result())
+    else:
+        error = serving.exception()
+        status = _fail(f"the HTTP server ended by itself{f': {error!r}' if error else ''}")
     failed.cancel()
     stopped.cancel()
     await engine.close("the server is shutting down")
     web.should_exit = True
-    await serving
+    await asyncio.wait({serving})
     return status
 
 

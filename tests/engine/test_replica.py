@@ -1,4 +1,4 @@
-"""The supervisor of an engine process, where the system gives it no process."""
+"""The supervisor of an engine process: where it gets no process, a bad one, or one that does not end."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import replica
-from jaxserve.engine.replica import ProcessReplica
+from jaxserve.engine.replica import Died, ProcessReplica
 
 
 def test_a_process_that_cannot_be_started_is_tried_again_then_given_up(monkeypatch):
@@ -41,3 +41,60 @@ def test_close_before_or_after_start_ends(ready):
 
     ended = asyncio.run(asyncio.wait_for(main(), 30))
     assert not ready or ended.returncode is not None
+
+
+READY = """
+import socket, sys, time
+from jaxserve.engine.messages import Status
+from jaxserve.engine.process import encode_frame
+sock = socket.socket(fileno=int(sys.argv[1]))
+sock.sendall(encode_frame(Status(state="ready")))
+"""
+
+
+def lives(script, count, act=lambda process: None):
+    """What a process of this script tells in `count` lives; `act` once it is ready."""
+
+    async def main():
+        process, told, enough = ProcessReplica(command=("-c", script)), [], asyncio.Event()
+
+        def deliver(message):
+            if isinstance(message, Died):
+                told.append(message)
+            elif message.state == "ready":
+                act(process)
+            if len(told) == count:
+                enough.set()
+
+        process.start(EngineConfig(), deliver)
+        await asyncio.wait_for(enough.wait(), 60)
+        await process.close()
+        return told
+
+    return asyncio.run(main())
+
+
+def test_a_process_that_is_killed_while_it_is_stuck_gives_the_reason_and_starts_again(monkeypatch):
+    monkeypatch.setattr(replica, "BACKOFF_SECONDS", 0)
+    died = lives(READY + "time.sleep(600)", 4, lambda process: process.kill("it hangs"))
+    assert died == [Died("it hangs", for_good=False)] * 4
+
+
+def test_a_process_that_sends_what_is_no_message_is_ended_and_started_again(monkeypatch):
+    monkeypatch.setattr(replica, "BACKOFF_SECONDS", 0)
+    died = lives(READY + "sock.sendall(b'\\0\\0\\0\\1\\xff'); time.sleep(600)", 4)
+    assert not any(each.for_good for each in died)
+    assert "DecodeError" in died[0].reason or "ValidationError" in died[0].reason
+
+
+def test_a_process_that_closes_its_socket_and_stays_is_ended(monkeypatch):
+    monkeypatch.setattr(replica, "CLOSE_SECONDS", 0.1)
+    (died,) = lives(READY + "sock.close(); time.sleep(600)", 1)
+    assert died == Died("the engine process closed its socket without ending", for_good=False)
+
+
+def test_a_process_that_the_system_cannot_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(replica, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(replica, "_kill", lambda process: None)
+    (died,) = lives(READY + "time.sleep(2)", 1, lambda process: process.kill("it hangs"))
+    assert died.for_good and died.reason.startswith("it hangs; its process ")

@@ -2,7 +2,7 @@
 
 `FAKE_STEP_SECONDS` slows its steps; `FAKE_JOURNAL` names a file that gets a line for every request's begin
 and end; `FAKE_FAILS` makes loading fail, with a reason ("told") or by a crash ("crash"); `FAKE_GATE` names
-a file that loading waits for.
+a file that loading waits for, and fails with what is in it.
 """
 
 import os
@@ -15,8 +15,8 @@ from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogpro
 from jaxserve.engine.process import main
 from jaxserve.errors import ModelError
 
-FAILS_ON = 5
-"""The token (`<|fails|>`) at which a request fails in the engine."""
+HANGS_ON, FAILS_ON = 4, 5
+"""The tokens (`<|tool|>`, `<|fails|>`) at which a step hangs, and at which a request fails in the engine."""
 
 
 class FakeCore:
@@ -31,6 +31,8 @@ class FakeCore:
         if gate := os.environ.get("FAKE_GATE"):
             while not Path(gate).exists():
                 time.sleep(0.01)
+            if reason := Path(gate).read_text():
+                raise ModelError(reason)
         limit = config.max_model_len or 512
         self.hello = Hello(max_model_len=limit, max_request_tokens=limit, vocab_size=288)
         self.steps = 0
@@ -55,6 +57,8 @@ class FakeCore:
 
     def advance(self, request):
         token = request.prompt[self.done[request.id] % len(request.prompt)]
+        if token == HANGS_ON:
+            time.sleep(10**6)
         if token == FAILS_ON:
             return self.end(request, CoreOutput(id=request.id, finish_reason="error", error="a bad token"))
         self.done[request.id] += 1

@@ -9,8 +9,6 @@ import pytest
 
 from jaxserve import SamplingParams
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.engine.lane import Lane
-from jaxserve.engine.messages import Hello, Status
 from jaxserve.engine.replica import ThreadReplica
 from jaxserve.errors import ConfigError, EngineDied, InvalidRequest
 
@@ -147,7 +145,7 @@ def test_requests_go_to_the_replica_with_the_fewest(make):
             streams = [engine.generate(f"prompt {i}", DELTA) for i in range(6)]
             for stream in streams:
                 await anext(stream)
-            loads = [len(lane.streams) for lane in engine._lanes]
+            loads = [len(lane.jobs) for lane in engine._lanes]
             total = (await engine.stats())["running"]
             for stream in streams:
                 await stream.aclose()
@@ -181,7 +179,7 @@ def test_stats_of_a_replica_wait_neither_for_one_that_loads_nor_for_one_that_is_
         await starting
         assert list(await engine.replica_stats()) == [0, 1]
         answer = asyncio.create_task(anext(engine.generate("Hello", DELTA)))
-        while not engine._lanes[0].streams:
+        while not engine._lanes[0].jobs:
             await asyncio.sleep(0.01)
         assert list(await engine.replica_stats()) == [1]
         assert not engine._lanes[0]._asking, "questions without an answer pile up"
@@ -254,32 +252,3 @@ def test_one_engine_serves_one_event_loop_after_another(make):
 def test_wrong_options_are_named():
     with pytest.raises(ConfigError, match="block_size"):
         AsyncEngine(model="x", block_size="16")
-
-
-def test_a_lane_with_work_and_no_steps_is_stalled():
-    class Processor:
-        def add(self, *request):
-            return []
-
-        def abort(self, request_id):
-            return []
-
-    class Replica:
-        def send(self, message):
-            pass
-
-    now = 0.0
-    lane = Lane(Replica(), lambda hello: Processor(), clock=lambda: now)
-    lane.handle(Hello(max_model_len=9, max_request_tokens=9, vocab_size=9))
-    lane.handle(Status(state="ready", steps=1))
-    now = 100.0
-    assert lane.stalled_seconds == 0  # nothing to do
-    lane.add("a", None, [1], SamplingParams(), "", "")
-    now = 130.0
-    lane.handle(Status(state="ready", steps=1))
-    assert lane.stalled_seconds == 30
-    lane.handle(Status(state="ready", steps=2))
-    assert lane.stalled_seconds == 0
-    now = 150.0
-    lane.abort("a")
-    assert lane.stalled_seconds == 0

@@ -1,5 +1,6 @@
 """Starting, losing clients, losing the engine, and ending."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ import time
 import httpx
 import openai
 import pytest
+
+from jaxserve.config import ServerConfig
+from jaxserve.server import main
 
 LONG = {"prompt": "long", "max_tokens": 500, "ignore_eos": True}
 
@@ -151,10 +155,88 @@ def test_the_second_signal_ends_at_once_and_takes_the_engine_along(slow, eventua
     eventually(lambda: not _alive(engine))
 
 
-def test_the_engine_ends_when_the_http_process_is_killed(slow, eventually):
-    (engine,) = slow.engine_pids()
-    slow.process.kill()
+@pytest.mark.parametrize("moment", ["idle", "stopped", "in a step that hangs", "loading"])
+def test_the_engine_ends_when_the_http_process_is_killed(launch, tmp_path, eventually, moment):
+    journal = tmp_path / "journal"
+    journal.touch()
+    gate = {"FAKE_GATE": str(tmp_path / "never")} if moment == "loading" else {}
+    server = launch(FAKE_JOURNAL=str(journal), **gate)
+    if moment != "loading":
+        server.wait_ready()
+    (engine,) = eventually(server.engine_pids)
+    if moment == "stopped":  # and so deaf to the end of its socket
+        os.kill(engine, signal.SIGSTOP)
+    if moment == "in a step that hangs":
+        body = json.dumps({"prompt": "<|tool|>"}).encode()
+        host, port = server.url.removeprefix("http://").split(":")
+        sock = socket.create_connection((host, int(port)))
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        eventually(lambda: "add " in journal.read_text())
+    server.process.kill()
     eventually(lambda: not _alive(engine))
+
+
+def test_sigterm_during_a_restart_ends_the_requests_that_wait_for_it(launch, tmp_path, eventually):
+    gate, journal = tmp_path / "gate", tmp_path / "journal"
+    gate.touch(), journal.touch()
+    options = {"shutdown_timeout": 0.2, "retry_on_restart": True}
+    server = launch(options, FAKE_STEP_SECONDS="0.05", FAKE_GATE=str(gate), FAKE_JOURNAL=str(journal))
+    server.wait_ready()
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(server.http.post("/v1/completions", json=LONG)))
+    waiting.start()
+    eventually(lambda: "add " in journal.read_text())
+    gate.unlink()
+    (engine,) = server.engine_pids()
+    os.kill(engine, signal.SIGKILL)
+    (second,) = eventually(lambda: [pid for pid in server.engine_pids() if pid != engine])
+    assert server.http.post("/v1/completions", json=LONG).status_code == 503 and not answers
+    server.process.send_signal(signal.SIGTERM)
+    waiting.join()
+    assert answers[0].status_code == 503
+    assert "shutting down" in answers[0].json()["error"]["message"]
+    assert server.process.wait(30) == 0 and not _alive(second)
+
+
+def test_requests_that_wait_for_a_restart_that_fails_get_the_reason(launch, tmp_path, eventually):
+    gate, journal = tmp_path / "gate", tmp_path / "journal"
+    gate.touch(), journal.touch()
+    server = launch(
+        {"retry_on_restart": True}, FAKE_STEP_SECONDS="0.05", FAKE_GATE=str(gate), FAKE_JOURNAL=str(journal)
+    )
+    server.wait_ready()
+    gate.write_text("the model is gone")
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(server.http.post("/v1/completions", json=LONG)))
+    waiting.start()
+    eventually(lambda: "add " in journal.read_text())
+    os.kill(server.engine_pids()[0], signal.SIGKILL)
+    waiting.join()
+    assert answers[0].status_code == 503
+    assert "the model is gone" in answers[0].json()["error"]["message"]
+    assert server.process.wait(30) == 1
+    server.stop()
+    assert "jaxserve: the model is gone" in server.err
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no more sockets")])
+def test_an_http_server_that_ends_by_itself_is_a_failure(model_dir, monkeypatch, capsys, error):
+    async def serve(self, sockets):
+        await asyncio.sleep(0)
+        if error:
+            raise error
+
+    class Replica:
+        def start(self, config, deliver): ...
+        async def close(self): ...
+
+    monkeypatch.setattr(main._Web, "serve", serve)
+    assert main.run(ServerConfig(model=str(model_dir), port=0), [Replica()]) == 1
+    reason = ": RuntimeError('no more sockets')" if error else ""
+    assert capsys.readouterr().err == f"jaxserve: the HTTP server ended by itself{reason}\n"
 
 
 def _alive(pid):

@@ -35,11 +35,33 @@ def test_concurrent_streams_give_the_same_tokens_as_alone(real_server, alone):
     assert asyncio.run(_together(real_server.url)) == alone
 
 
-def test_after_the_engine_was_killed_it_gives_the_same_tokens(real_server, alone, eventually):
+def test_an_engine_killed_under_load_ends_every_stream_and_serves_the_same_tokens_again(
+    real_server, alone, eventually
+):
     (engine,) = real_server.engine_pids()
-    os.kill(engine, signal.SIGKILL)
-    eventually(lambda: real_server.http.get("/ready").status_code == 503)
+
+    async def lost(client, prompt, begun):
+        stream = await client.completions.create(
+            prompt=prompt, stream=True, model=None, max_tokens=300, extra_body={"ignore_eos": True}
+        )
+        async for _ in stream:
+            begun.set()
+
+    async def load():
+        async with openai.AsyncOpenAI(
+            base_url=f"{real_server.url}/v1", api_key="none", max_retries=0
+        ) as client:
+            begun = asyncio.Event()
+            streams = [asyncio.create_task(lost(client, prompt, begun)) for prompt in PROMPTS]
+            await begun.wait()
+            os.kill(engine, signal.SIGKILL)
+            return await asyncio.gather(*streams, return_exceptions=True)
+
+    ends = asyncio.run(asyncio.wait_for(load(), 60))
+    assert all(isinstance(end, openai.APIError) and end.code == "engine_died" for end in ends)
     eventually(lambda: real_server.http.get("/ready").status_code == 200, 120)
+    assert real_server.engine_pids() != [engine]
+    assert 'jaxserve:engine_restarts_total{replica="0"} 1.0' in real_server.http.get("/metrics").text
     assert asyncio.run(_together(real_server.url)) == alone
 
 
