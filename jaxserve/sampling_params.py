@@ -1,6 +1,7 @@
 """What a user may ask of the sampler: one validated struct, shared by Python and HTTP."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -10,6 +11,7 @@ from jaxserve.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_STOP_TOKENS = 1024
 OutputKind = Literal["delta", "cumulative", "final"]
 
 
@@ -42,15 +44,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _integer("n", self.n, 1, 128)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
         _integer("max_tokens", self.max_tokens, 1)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         _integer("seed", self.seed, -(2**63), 2**64 - 1)
         _stop_strings(self.stop)
-        for i, token in enumerate(self.stop_token_ids or ()):
-            _integer(f"stop_token_ids[{i}]", token, 0)
+        _stop_tokens(self.stop_token_ids or ())
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             _one_of(name, getattr(self, name), (True, False))
         _one_of("output_kind", self.output_kind, get_args(OutputKind))
@@ -76,6 +77,14 @@ def _stop_strings(stop: object) -> None:
     for i, s in enumerate(stop):
         if not s:
             raise InvalidRequest("a stop string must not be empty", f"stop[{i}]")
+
+
+def _stop_tokens(tokens: Sequence[object]) -> None:
+    if len(tokens) > MAX_STOP_TOKENS:
+        told = f"stop_token_ids has {len(tokens)} tokens; at most {MAX_STOP_TOKENS}"
+        raise InvalidRequest(told, "stop_token_ids")
+    for i, token in enumerate(tokens):
+        _integer(f"stop_token_ids[{i}]", token, 0)
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:

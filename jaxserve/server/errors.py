@@ -12,6 +12,8 @@ from jaxserve.errors import EngineDied, InvalidRequest
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = "2"
+LONGEST = 500
+"""Characters of a message or a path: what is wrong may be a name of a megabyte."""
 
 
 class ErrorInfo(msgspec.Struct):
@@ -41,7 +43,7 @@ class ApiError(Exception):
         self.status = status
         self.headers = headers or {}
         kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = ErrorBody(ErrorInfo(message, kind, param, code))
+        self.body = ErrorBody(ErrorInfo(_cut(message), kind, _cut(param) if param else None, code))
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self.body)
@@ -78,3 +80,7 @@ def as_api_error(error: BaseException) -> ApiError:
 async def answer(request: Request, error: Exception) -> Response:
     """Starlette's exception handler."""
     return as_api_error(error).response()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"

@@ -89,6 +89,8 @@ COMPLETION = [
     ({"top_p": 1.1}, "top_p"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
+    ({"top_k": 10**60}, "top_k"),
     ({"min_p": 2}, "min_p"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
@@ -100,6 +102,7 @@ COMPLETION = [
     ({"stop": ["a"] * 65}, "stop"),
     ({"stop_token_ids": [288]}, "stop_token_ids[0]"),
     ({"stop_token_ids": ["1"]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [7] * 1025}, "stop_token_ids"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"ignore_eos": 1}, "ignore_eos"),
@@ -189,6 +192,19 @@ def test_prompt_alone_too_long(http):
 def test_broken_json(http, body):
     response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert check(response, 400)["type"] == "invalid_request_error"
+
+
+def test_an_error_does_not_repeat_a_name_of_100_kb(http):
+    for body in ({"prompt": "a", "x" * 100_000: 1}, {"prompt": "a", "model": "x" * 100_000}):
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code in (400, 404) and len(response.content) < 2000
+        assert "xxx… (1000" in response.json()["error"]["message"]
+
+
+def test_the_last_of_equal_keys_counts(http):
+    body = b'{"prompt": "a", "max_tokens": "many", "max_tokens": 3}'
+    response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.json()["usage"]["completion_tokens"] == 3
 
 
 def test_content_type(http):
