@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import inspect
 
-from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 
-Config = TypeVar("Config", bound=EngineConfig)
+Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 class Option(NamedTuple):
@@ -25,7 +24,7 @@ class Option(NamedTuple):
 
 
 @cache
-def describe(config: type[EngineConfig]) -> dict[str, Option]:
+def describe(config: type[msgspec.Struct]) -> dict[str, Option]:
     """Every option of a config struct by name, in the order of its definition."""
     return {option.name: option for option in _options(config)}
 
@@ -49,7 +48,7 @@ def build(config: type[Config], options: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{name}: {problem[:1].lower()}{problem[1:]}" if name else problem) from None
 
 
-def _options(config: type[EngineConfig]) -> Iterator[Option]:
+def _options(config: type[msgspec.Struct]) -> Iterator[Option]:
     for field in inspect.type_info(config).fields:  # type: ignore[attr-defined]
         assert isinstance(field.type, inspect.Metadata), f"{field.name} needs a description"
         about = (field.type.extra_json_schema or {})["description"]

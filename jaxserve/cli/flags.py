@@ -43,7 +43,7 @@ def add_options(parser: Parser, config: type[Config]) -> None:
     group = parser.add_argument_group("engine and server" if "port" in options else "engine")
     group.add_argument("--config", metavar="FILE", help="TOML or YAML file of options; flags win over it")
     for option in options.values():
-        _add(group, option.name, option, f"{option.about}{_default(option)}")
+        add_option(group, option)
     known = parser.add_argument_group("names known from vLLM")
     for name, ours in aliases.RENAMED.items():
         _add(known, name, options[ours], f"same as {_flag(ours)}")
@@ -72,6 +72,11 @@ def given_flags(args: argparse.Namespace, config: type[Config]) -> list[str]:
     """The engine's flags that stand on the command line."""
     names = [*describe(config), *aliases.RENAMED, *aliases.MESH, *aliases.FIXED]
     return [_flag(name) for name in names if hasattr(args, name)]
+
+
+def add_option(group: Any, option: Option) -> None:
+    """A flag for one option; without it the parsed arguments lack its name."""
+    _add(group, option.name, option, f"{option.about}{_default(option)}")
 
 
 def _add(group: Any, name: str, option: Option, about: str) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from itertools import islice
 from typing import NamedTuple
 
+from jaxserve.config import EngineConfig
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.prefix_cache import Node
@@ -60,6 +61,11 @@ class Policy(NamedTuple):
     shorter ones are there."""
     max_queued: int | None = None
     """How many may wait beside those that could run at once."""
+
+
+def policy_of(config: EngineConfig) -> Policy:
+    aging = config.priority_aging if config.scheduling_policy == "priority" else None
+    return Policy(aging, config.fair_share, config.max_prompt_share, config.max_num_queued_reqs)
 
 
 class Scheduler:
@@ -208,8 +214,11 @@ class Scheduler:
 
     def _top_up(self, lengths: dict[Request, int], budget: int) -> None:
         """Give what nobody else could use to the prompts under way."""
+        under_way = [(request, length) for request, length in lengths.items() if request.pending > length]
+        if not under_way:
+            return
         free = self.pool.free - sum(self._new_blocks(request, length) for request, length in lengths.items())
-        for request, length in lengths.items():
+        for request, length in under_way:
             more = min(request.pending - length, budget)
             blocks = self._new_blocks(request, length + more) - self._new_blocks(request, length)
             if more > 0 and blocks <= free:
