@@ -16,18 +16,18 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.blocks import BlockPool
-from jaxserve.engine.devices import make_mesh, platform_of, pool_blocks, weight_type
+from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.kernels import choose_kernels, prepare_kernels
+from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
 from jaxserve.engine.model import LoadedModel
-from jaxserve.engine.programs import Programs, Shapes
+from jaxserve.engine.programs import Programs
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Policy, Schedule, Scheduler
-from jaxserve.errors import ConfigError, EngineDied, QueueFull
+from jaxserve.errors import EngineDied, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.outputs import ErrorCode
-from jaxserve.pallas_kernels.paged_attention import PoolShape
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +62,23 @@ class EngineCore:
     def _load(self, config: EngineConfig, replica: int) -> None:
         mesh = make_mesh(config, replica)
         device = mesh.devices.flat[0]
-        platform = platform_of(device)
+        platform, memory = platform_of(device), memory_of(config, device)
         dummy = config.load_format == "dummy"
         checkpoint = open_checkpoint(resolve(config.model), tensors=not dummy)
         dtype = weight_type(config.dtype, checkpoint.config, platform)
-        prepare_kernels(config, mesh, dtype)
         self.model = LoadedModel(checkpoint.config, mesh, dtype)
-        length = _max_model_len(config, self.model)
+        self.budget = fit(config, self.model, memory)
+        self.shapes = self.budget.shapes
+        self.hello = _hello(self.budget)
+        prepare_kernels(config, mesh, dtype)
         if dummy:
             self.model.fill(config.seed)
         else:
             self.model.load(checkpoint)
-        self.shapes = _shapes(config, self.model, device, length)
-        self.hello = _hello(self.model, self.shapes, length)
+        del checkpoint  # and with it the files that are mapped
         self.steps = 0
         kernels = choose_kernels(config, mesh, dtype)
-        smallest_decode = 1 if kernels.matmul == "cpu" else platform.smallest_decode
+        smallest_decode = kernels.smallest_decode(platform)
         self._programs = Programs(self.model, self.shapes, kernels, smallest_decode, self._compiles)
         self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()
@@ -294,36 +295,11 @@ def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
     )
 
 
-def _max_model_len(config: EngineConfig, model: LoadedModel) -> int:
-    length: int = config.max_model_len or model.config.max_position_embeddings
-    if length > model.config.longest:
-        raise ConfigError(
-            f"max_model_len is {length}, and this model's positions reach {model.config.longest} tokens"
-        )
-    return length
-
-
-def _shapes(config: EngineConfig, model: LoadedModel, device: jax.Device, length: int) -> Shapes:
-    platform = platform_of(device)
-    seqs = config.max_num_seqs or platform.max_num_seqs
-    tokens = max(config.max_num_batched_tokens or platform.max_num_batched_tokens, seqs)
-    size = config.block_size or platform.block_size
-    width = -(-length // size)
-    heads, dim = model.kv_heads // model.shards, model.config.head_dim
-    layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
-    block = PoolShape(1, heads, size, dim, model.dtype, platform.kv_as_bits)
-    # logits and their copies in float32, and a few activations per token
-    reserve = 4 * (4 * min(seqs, tokens) * vocab + 8 * tokens * model.config.intermediate_size)
-    count = pool_blocks(config, device, block, layers, seqs * width, reserve)
-    return Shapes(
-        seqs, tokens, width, vocab, layers, block._replace(num_blocks=count, kv_heads=model.kv_heads)
-    )
-
-
-def _hello(model: LoadedModel, shapes: Shapes, length: int) -> Hello:
-    capacity = (shapes.pool.num_blocks - 1) * shapes.pool.block_size
+def _hello(budget: Budget) -> Hello:
+    pool = budget.shapes.pool
+    capacity = (pool.num_blocks - 1) * pool.block_size
     return Hello(
-        max_model_len=length,
-        max_request_tokens=min(length, capacity + 1),
-        vocab_size=model.config.vocab_size,
+        max_model_len=budget.max_model_len,
+        max_request_tokens=min(budget.max_model_len, capacity + 1),
+        vocab_size=budget.shapes.vocab,
     )

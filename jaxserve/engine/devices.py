@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.errors import ConfigError
-from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape
-
-GRID = 64
-"""The pool's size is rounded down to this many blocks, so that another reading of free memory does not
-change the programs' shapes."""
+from jaxserve.pallas_kernels.paged_attention import Implementation
 
 
 class Platform(NamedTuple):
@@ -34,8 +31,14 @@ class Platform(NamedTuple):
 CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
 GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
 TPU = Platform("tpu", 16, 256, 8192, 1, "xla", False)
-CPU_POOL_BYTES = 4 * 2**30
-"""For all virtual devices together: they share one memory."""
+CGROUPS = [
+    (f"/sys/fs/cgroup/{limit}", f"/sys/fs/cgroup/{used}")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+]
+"""Where a container's limit and use stand, in the new and the old form."""
 CPU_DEVICES = "--xla_force_host_platform_device_count"
 """The part of XLA_FLAGS that says how many virtual devices a CPU is."""
 
@@ -80,28 +83,50 @@ def weight_type(name: str, checkpoint: Any, platform: Platform) -> Any:
     return jnp.dtype(jnp.float16 if stored == "float16" and platform is GPU else jnp.bfloat16)
 
 
-def pool_blocks(
-    config: EngineConfig, device: jax.Device, block: PoolShape, layers: int, most: int, reserve: int
-) -> int:
-    """Blocks of the KV pool, the dummy included.
+class Memory(NamedTuple):
+    """What one device has for an engine, before anything is loaded."""
 
-    `block` is one layer's pool on one device, `most` the blocks that all sequences at full length
-    need, `reserve` bytes that steps need beside it. Raises ConfigError with the arithmetic when
-    nothing useful fits.
-    """
-    if config.num_blocks is not None:
-        return config.num_blocks
-    size = block.block_bytes * layers
-    shape = parse_mesh(config.mesh)
-    room = CPU_POOL_BYTES // (shape.tensor * shape.data)
-    if device.platform != "cpu":
-        memory = device.memory_stats()
-        limit, used = memory["bytes_limit"], memory["bytes_in_use"]
-        room = limit - used - reserve
-        if room < 2 * size:
-            raise ConfigError(
-                f"no room for a KV pool: {limit} bytes (memory_fraction {config.memory_fraction}) "
-                f"- {used} in use - {reserve} for steps leaves {room}, a block takes {size}"
-            )
-    count = min(room // size, most + 1)
-    return count // GRID * GRID if GRID < count <= most else count
+    platform: Platform
+    limit: int
+    """Bytes that may be in use."""
+    used: int
+    """Bytes of them that others use."""
+    about: str
+    """Where the limit comes from, for a person."""
+
+
+def memory_of(config: EngineConfig, device: jax.Device) -> Memory:
+    """The memory of a device that is here."""
+    part, platform = config.memory_fraction, platform_of(device)
+    if platform is CPU:
+        shape, free = parse_mesh(config.mesh), host_memory()
+        count = shape.tensor * shape.data
+        shared = f" for {count} virtual devices" if count > 1 else ""
+        return Memory(platform, int(free * part) // count, 0, f"{part} of {gib(free)} of free memory{shared}")
+    stats = device.memory_stats()
+    limit, used, kind = stats["bytes_limit"], stats["bytes_in_use"], device.device_kind
+    if platform is GPU:  # whose allocator was told the fraction
+        return Memory(platform, limit, used, f"{part} of {kind}")
+    return Memory(platform, int(limit * part), used, f"{part} of {gib(limit)}, {kind}")
+
+
+def host_memory() -> int:
+    """Bytes that a new program can have: what is free, within the limit of the container it is in."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as info:
+        free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()) + _reclaimable(limit))
+    return max(free, 0)
+
+
+def _reclaimable(limit: str) -> int:
+    """Bytes of files that a container's use counts and that give way to programs."""
+    lines = Path(limit).with_name("memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def gib(count: float) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

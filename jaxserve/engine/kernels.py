@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxserve import processor
 from jaxserve.config import EngineConfig
-from jaxserve.engine.devices import platform_of
+from jaxserve.engine.devices import Platform, platform_of
 from jaxserve.errors import ConfigError
 from jaxserve.pallas_kernels import matmul, native, paged_attention
 from jaxserve.pallas_kernels.matmul import cpu as cpu_matmul
@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 class Kernels(NamedTuple):
     attention: paged_attention.Implementation
     matmul: matmul.Implementation
+
+    def smallest_decode(self, platform: Platform) -> int:
+        """Rows of the smallest decode program: fewer are not faster, except with the C++ product."""
+        return 1 if self.matmul == "cpu" else platform.smallest_decode
 
 
 def cpu_kernels(dtype: Any) -> list[native.Kernel]:

@@ -54,6 +54,14 @@ class LoadedModel:
             for path, leaf in self._leaves.items()
         )
 
+    @property
+    def abstract(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape, type and sharding of every weight, loaded or not."""
+        return [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(path))
+            for path, leaf in self._leaves.items()
+        ]
+
     def load(self, checkpoint: Tensors) -> None:
         """Read the weights, one parameter at a time. Raises ModelError naming the tensor that is wrong."""
         placed = dict(parameters(checkpoint, self._table, self._place))

@@ -76,8 +76,7 @@ class Programs:
         self._mesh = model.mesh
         self._compiles = compiles
         self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
-        weights: list[Any] = model.weights
-        self._weights = [self._abstract(w, w.sharding.spec) for w in weights]
+        self._weights = model.abstract
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
@@ -145,6 +144,21 @@ class Programs:
         """sample for that many rows: (slots, logits, targets) -> (slots, sampled)."""
         return self._sample.get((seqs, variant)) or self._sample[seqs, "full"]
 
+    def compile_largest(self) -> None:
+        """Compile the programs that take most memory, and no others: for a plan."""
+        chunks, singles = max(self.buckets), max(b for b in self.buckets if b.tokens == b.seqs)
+        for bucket in (chunks, singles):
+            self._compile_forward(bucket)
+        self._compile_sample(singles.seqs, "full")
+
+    def temporaries(self) -> dict[str, int]:
+        """Bytes that each program that is ready takes on a device beside weights, pool and slots, from the
+        compiler's analysis. While logits are sampled, the next step's may be there already."""
+        found = {bucket.name: _new(program) for bucket, program in list(self._forward.items())}
+        for (rows, variant), program in list(self._sample.items()):
+            found[f"sample[{rows}] {variant}"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
+        return found
+
     def empty_state(self) -> tuple[list[jax.Array], Slots]:
         """A fresh pool and fresh slots on the devices."""
         state: tuple[list[jax.Array], Slots] = self._empty()
@@ -204,3 +218,10 @@ class Programs:
 
     def _abstract(self, x: Any, spec: PartitionSpec = PartitionSpec()) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec))
+
+
+def _new(program: Any) -> int:
+    """Bytes that a program allocates: scratch, and results that are not written in place."""
+    memory = program.memory_analysis()
+    size: int = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return size

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxserve
 from jaxserve.config import EngineConfig, parse_mesh
-from jaxserve.engine.devices import GRID, make_mesh, pool_blocks
+from jaxserve.engine.devices import make_mesh
 from jaxserve.errors import ConfigError
-from jaxserve.pallas_kernels.paged_attention import PoolShape
 
 MESHES = ["1x1", "2x1", "4x1", "8x1", "1x2", "2x2", "4x2", "1x8"]
 MODELS = {(9, 3): MESHES, (8, 2): MESHES[:4], (7, 1): MESHES[:4]}
@@ -133,16 +131,6 @@ def test_a_step_on_a_mesh_leaves_the_pool_in_place(reports, model, name):
     program, pools = found["programs"][name], [4 * math.prod(shards[0]) for shards in found["pools"]]
     assert program["donated_bytes"] >= sum(pools)
     assert program["temporary_bytes"] < pools[0] / 2
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_the_default_pools_of_virtual_devices_share_four_gib(mesh):
-    block, layers = PoolShape(1, 8, 32, 128, jnp.dtype(jnp.bfloat16), True), 30
-    blocks = pool_blocks(EngineConfig(mesh=mesh), jax.devices("cpu")[0], block, layers, most=10**6, reserve=0)
-    shape = parse_mesh(mesh)
-    held = blocks * layers * block.block_bytes * shape.tensor * shape.data
-    assert 0.5 * 4 * 2**30 < held <= 4 * 2**30
-    assert blocks > GRID
 
 
 def test_too_few_devices_are_refused_with_both_numbers():

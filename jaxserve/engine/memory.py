@@ -1,0 +1,247 @@
+"""The arithmetic of memory: what an engine takes on one device, and the KV pool that what is left allows.
+
+An engine that starts and the plan of one that does not exist ask the same function, `fit`, before a
+weight is loaded or a program compiled.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import msgspec
+
+from jaxserve.config import EngineConfig, parse_mesh
+from jaxserve.engine.devices import CPU, GPU, TPU, Memory, gib
+from jaxserve.engine.model import LoadedModel
+from jaxserve.engine.programs import VARIANTS, Shapes, ladder
+from jaxserve.errors import ConfigError
+from jaxserve.models.layers.attention import HeadLayout
+from jaxserve.models.layers.param import padded
+from jaxserve.pallas_kernels.paged_attention import PoolShape
+from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
+
+GRID = 64
+"""The pool's size is rounded down to this many blocks, so that another reading of free memory does not
+change the programs' shapes."""
+CPU_POOL_BYTES = 4 * 2**30
+"""For all virtual devices together: they share one memory."""
+PROCESS_BYTES = 250 * 2**20
+"""Host memory of a process that has imported everything and loaded nothing (docs/memory.md)."""
+GPU_WORKSPACE = 64 * 2**20
+"""For cuBLAS (32 MiB on Hopper) and the partial results of split attention."""
+LARGEST_MESH = 64
+
+
+class Case(NamedTuple):
+    """A model as it would lie on its devices."""
+
+    config: EngineConfig
+    dims: Any
+    """The model's own config."""
+    shards: int
+    dtype: jnp.dtype
+    weights: int
+    """Bytes on one device."""
+
+
+class Budget(NamedTuple):
+    """What an engine takes on one device, in bytes, and the shapes that follow."""
+
+    shapes: Shapes
+    max_model_len: int
+    memory: Memory
+    weights: int
+    state: int
+    """Block tables and sampling parameters of all slots."""
+    temporaries: int
+    """What a step takes while it runs: an upper bound, known before anything is compiled."""
+    autotuning: int
+    """What a GPU's compiler takes to try out the largest product."""
+    runtime: int
+    """Compiled programs and, where the device's memory is the host's, the process itself."""
+    block: int
+    """A block of the pool, in all layers."""
+
+    @property
+    def pool(self) -> int:
+        return self.block * self.shapes.pool.num_blocks
+
+    @property
+    def room(self) -> int:
+        """What is left for the pool."""
+        return self.memory.limit - self.memory.used - self.beside
+
+    @property
+    def beside(self) -> int:
+        """All but the pool."""
+        return self.weights + self.state + self.temporaries + self.autotuning + self.runtime
+
+    @property
+    def fits(self) -> bool:
+        """One block is the dummy that padding writes to."""
+        return self.shapes.pool.num_blocks >= 2 and self.pool <= self.room
+
+
+def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
+    """The shapes of an engine, with as many blocks as there is room for, or as were asked for.
+
+    Raises ConfigError with the arithmetic, and what to change, when it does not fit.
+    """
+    case = Case(config, model.config, model.shards, model.dtype, model.bytes)
+    budget = _budget(case, memory)
+    if not budget.fits:
+        raise ConfigError(_refusal(case, budget))
+    return budget
+
+
+def _budget(case: Case, memory: Memory) -> Budget:
+    config, dims, platform = case.config, case.dims, memory.platform
+    length = _max_model_len(config, dims)
+    seqs = config.max_num_seqs or platform.max_num_seqs
+    tokens = max(config.max_num_batched_tokens or platform.max_num_batched_tokens, seqs)
+    size = config.block_size or platform.block_size
+    width = -(-length // size)
+    heads = len(dims.heads(case.shards).kv)
+    pool = PoolShape(0, heads, size, dims.head_dim, case.dtype, platform.kv_as_bits)
+    shapes = Shapes(seqs, tokens, width, dims.vocab_size, dims.num_hidden_layers, pool)
+    budget = Budget(
+        shapes,
+        length,
+        memory,
+        weights=case.weights,
+        state=4 * (seqs + 1) * (width + 8),
+        temporaries=temporaries(case, shapes, memory),
+        autotuning=_autotuning(case, shapes) if platform is GPU else 0,
+        runtime=_runtime(case, shapes, memory),
+        block=pool.block_bytes // case.shards * dims.num_hidden_layers,
+    )
+    count = config.num_blocks or _count(budget, config, seqs * width)
+    return budget._replace(shapes=shapes._replace(pool=pool._replace(num_blocks=count)))
+
+
+def _count(budget: Budget, config: EngineConfig, most: int) -> int:
+    """Blocks that there is room for, the dummy included; `most` is what all sequences at full length need."""
+    room = budget.room
+    if budget.memory.platform is CPU:
+        mesh = parse_mesh(config.mesh)
+        room = min(room, CPU_POOL_BYTES // (mesh.tensor * mesh.data))
+    count = max(0, min(room // budget.block, most + 1))
+    return count // GRID * GRID if GRID < count <= most else count
+
+
+def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
+    """Bytes that the largest step takes on a device beside weights, pool and slots.
+
+    A forward pass holds each token's hidden state and either the gated MLP's three widths in float32, or
+    what attention needs; sampling holds the logits five times, and the next step's. A bound that
+    tests/engine/test_memory.py holds against what the compiler says of the programs.
+    """
+    (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
+    rows = max(rows, shapes.max_num_seqs)
+    logits = 4 * rows * padded(shapes.vocab, 128)
+    gathered = logits + logits // shards if shards > 1 else 0
+    mlp = 4 * tokens * 3 * padded(dims.intermediate_size, shards) // shards
+    layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
+    tables = 2 * 4 * rows * shapes.table_width
+    forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
+    workspace = GPU_WORKSPACE if memory.platform is GPU else 0
+    return max(forward + forward // 50 + workspace, 6 * logits + logits // 16) + 2**20
+
+
+def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memory) -> int:
+    """Bytes: queries, keys and values before and after rotation, and what their implementation adds."""
+    layout: HeadLayout = case.dims.heads(case.shards)
+    dim: int = case.dims.head_dim
+    heads = layout.q.size // case.shards
+    q, kv = heads * dim, len(layout.kv) // case.shards * dim
+    own = tokens * (4 * (q + 2 * kv) + case.dtype.itemsize * (2 * q + kv))
+    wanted = case.config.attention
+    if wanted == "cpu" or (memory.platform is GPU and wanted != "xla"):
+        return own
+    if wanted == "reference":  # gathers the whole context of every token
+        return own + 4 * tokens * shapes.table_width * shapes.pool.block_size * (2 * kv + 2 * q + heads)
+    chunk = max(CHUNK, shapes.pool.block_size)
+    singles = 8 * (rows if rows < 2 * GROUP else GROUP) * chunk * kv
+    tiles = 12 * TILE * chunk * heads + 16 * chunk * kv
+    return own + 8 * tokens * q + max(singles, tiles)
+
+
+def _autotuning(case: Case, shapes: Shapes) -> int:
+    """The largest product's operands, and two results to compare."""
+    dims, shards = case.dims, case.shards
+    tokens, rows = max(ladder(shapes, 1))
+    wide, vocab = padded(dims.intermediate_size, shards) // shards, padded(shapes.vocab, shards) // shards
+    products = [(tokens, dims.hidden_size, 2 * wide), (rows, dims.hidden_size, vocab)]
+    size: int = max(case.dtype.itemsize * (n * i + i * o) + 8 * n * o for n, i, o in products)
+    return size
+
+
+def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
+    """Measured: docs/memory.md. A GPU's programs are small."""
+    if memory.platform is GPU:
+        return 0
+    buckets = ladder(shapes, memory.platform.smallest_decode)
+    mixed = sum(bucket.tokens > bucket.seqs for bucket in buckets)
+    samples = len({bucket.seqs for bucket in buckets}) * len(VARIANTS)
+    mib = 2**20
+    if memory.platform is TPU:
+        layers = (8 * mixed + 5 * (len(buckets) - mixed)) * shapes.layers
+        return (layers + 4 * samples) * mib
+    mesh = parse_mesh(case.config.mesh)
+    programs = len(buckets) * shapes.layers * mib // 2 + 2 * samples * mib
+    return (PROCESS_BYTES + programs) // (mesh.tensor * mesh.data)
+
+
+def _max_model_len(config: EngineConfig, dims: Any) -> int:
+    length: int = config.max_model_len or dims.max_position_embeddings
+    if length > dims.longest:
+        reach = f"this model's positions reach {dims.longest} tokens"
+        raise ConfigError(f"max_model_len is {length}, and {reach}")
+    return length
+
+
+def _refusal(case: Case, budget: Budget) -> str:
+    """The arithmetic of what does not fit, and what would."""
+    memory, asked = budget.memory, max(case.config.num_blocks or 2, 2)
+    pool = asked * budget.block
+    names = ("weights", "state", "temporaries", "autotuning", "runtime")
+    parts = [f"{name} {gib(size)}" for name in names if (size := getattr(budget, name))]
+    parts.append(f"KV pool {gib(pool)} ({asked} blocks of {gib(budget.block)})")
+    used = f", {gib(memory.used)} of them in use" if memory.used else ""
+    each = "on each device " if parse_mesh(case.config.mesh).tensor > 1 else ""
+    need = gib(budget.beside + pool)
+    what = ", or ".join(_remedies(case, budget)) or f"{need} of memory: no one option is enough"
+    return (
+        f"{case.config.model} does not fit: {' + '.join(parts)} = {need} {each}"
+        f"and there are {gib(memory.limit)} ({memory.about}){used}; it would with {what}"
+    )
+
+
+def _remedies(case: Case, budget: Budget) -> Iterator[str]:
+    """Changes of one option that make it fit, each as little as possible."""
+    if case.dtype.itemsize == 4:
+        half = case._replace(dtype=jnp.dtype(jnp.bfloat16), weights=case.weights // 2)
+        if _budget(half, budget.memory).fits:
+            yield "dtype=bfloat16"
+    if case.config.num_blocks and (count := budget.room // budget.block) >= 2:
+        yield f"num_blocks={count}"
+    sizes = {
+        "max_num_batched_tokens": budget.shapes.max_num_batched_tokens,
+        "max_num_seqs": budget.shapes.max_num_seqs,
+        "max_model_len": budget.max_model_len,
+    }
+    for name, value in sizes.items():
+        while (value := value // 2) >= 1:
+            changed = msgspec.structs.replace(case.config, **{name: value})
+            if _budget(case._replace(config=changed), budget.memory).fits:
+                yield f"{name}={value}"
+                break
+    mesh = parse_mesh(case.config.mesh)
+    shards = mesh.tensor * 2
+    while budget.memory.platform is not CPU and shards <= LARGEST_MESH:
+        changed = msgspec.structs.replace(case.config, mesh=f"{shards}x{mesh.data}")
+        weights = -(-case.weights * case.shards // shards)
+        if _budget(case._replace(config=changed, shards=shards, weights=weights), budget.memory).fits:
+            yield f"mesh={changed.mesh}"
+            break
+        shards *= 2
