@@ -151,8 +151,8 @@ class AsyncEngine:
         if self._job(request_id):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
         job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant)
-        self._choose_lane().add(job)
         try:
+            self._choose_lane().add(job)
             while (item := await job.stream.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -161,6 +161,19 @@ class AsyncEngine:
                     return
         finally:
             self._forget(request_id)
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids; the event loop goes on while those of a long one are found.
+
+        Raises `InvalidRequest` for a text that is far too long, and without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: send token ids", "prompt")
+        if self.max_model_len is not None:
+            self.tokenizer.check_length(text, self.max_model_len)
+        if len(text) <= ENCODE_INLINE:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its iterator ends. Unknown ids are ignored."""
@@ -242,11 +255,7 @@ class AsyncEngine:
     async def _encode(self, prompt: str | list[int]) -> tuple[str | None, list[int]]:
         if isinstance(prompt, list):
             return None, prompt
-        if self.tokenizer is None:
-            raise InvalidRequest("this model has no tokenizer: send token ids", "prompt")
-        if len(prompt) <= ENCODE_INLINE:
-            return prompt, self.tokenizer.encode(prompt)
-        return prompt, await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return prompt, await self.encode(prompt)
 
     def _choose_lane(self) -> Lane:
         ready = [lane for lane in self._lanes if lane.ready]

@@ -1,6 +1,7 @@
 """A route that uses the engine: let in, read, answered, and ended at once when the client goes away."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ from jaxserve.server.state import ServerState
 
 
 class Caller(NamedTuple):
-    """What a request's headers say."""
+    """Who asks, and since when."""
 
     request_id: str
     tenant: str
     """Different for each API key; empty without one."""
+    arrived: float
+    """When the whole request was there, in seconds of `time.monotonic()`."""
 
 
 Handler = Callable[[ServerState, dict[str, Any], Caller], Awaitable[Response]]
@@ -33,8 +36,12 @@ class EngineEndpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._state.admitted(), suppress(ClientDisconnect):
+        with suppress(ClientDisconnect):
             fields = await read_json(Request(scope, receive), self._state.max_body_size)
+            await self._admitted(fields, scope, receive, send)
+
+    async def _admitted(self, fields: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        with self._state.admitted():
             work = asyncio.create_task(self._answer(fields, scope, receive, send))
             gone = asyncio.create_task(_disconnect(receive))
             try:
@@ -48,7 +55,7 @@ class EngineEndpoint:
                 work.result()
 
     async def _answer(self, fields: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
-        caller = Caller(scope["state"]["request_id"], scope["state"].get("tenant", ""))
+        caller = Caller(scope["state"]["request_id"], scope["state"].get("tenant", ""), time.monotonic())
         response = await self._handler(self._state, fields, caller)
         await response(scope, receive, send)
 

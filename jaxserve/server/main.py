@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 import uvloop
@@ -17,10 +18,12 @@ from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.replica import ProcessReplica, Replica
 from jaxserve.errors import JaxserveError
 from jaxserve.server.app import build_app
+from jaxserve.server.protocol import HttpProtocol
 from jaxserve.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
+MAX_FILES = 65535
 FLUSH_SECONDS = 3
 """For the last bytes of responses, once the engine is closed."""
 
@@ -39,6 +42,7 @@ def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
         stall_timeout=config.stall_timeout,
         retry_on_restart=config.retry_on_restart,
     )
+    _allow_many_connections()
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:
@@ -56,7 +60,9 @@ async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.soc
     web = _Web(
         uvicorn.Config(
             build_app(config, state),
-            http="httptools",
+            http=HttpProtocol,
+            ws="none",
+            proxy_headers=False,
             lifespan="off",
             log_config=None,
             log_level=logging.WARNING,
@@ -120,6 +126,14 @@ def _stop_on_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stop
+
+
+def _allow_many_connections() -> None:
+    """Each is an open file, of which a shell allows a thousand unless it is asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    with suppress(ValueError, OSError):  # a system may have a lower limit than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

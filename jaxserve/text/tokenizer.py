@@ -16,6 +16,8 @@ from jaxserve.text.chat_template import ChatTemplate
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Vocabularies that only transformers can turn into a tokenizer.
 CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+COUNTED = 2**20
+"""Longest text, in characters, whose tokens are always counted."""
 GGUF_NAMES = {"unk_token": "unknown_token", "pad_token": "padding_token", "sep_token": "seperator_token"}
 GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -68,9 +70,21 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # as a batch, because that lets other threads run meanwhile
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # a str that is no valid Unicode
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from None
+        return encoding.ids
+
+    def check_length(self, text: str, limit: int) -> None:
+        """Refuse a text of megabytes that cannot have fewer than `limit` tokens, without counting them."""
+        if len(text) > COUNTED and self._longest and (least := len(text) // self._longest) >= limit:
+            raise InvalidRequest(
+                f"the prompt has {len(text)} characters, which are at least {least} tokens, "
+                f"and a request can have {limit}",
+                "prompt",
+                "context_length_exceeded",
+            )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -90,6 +104,16 @@ class Tokenizer:
     def byte_level(self) -> bool:
         """Tokens are plain byte strings, so that decoding is joining them."""
         return self._decoders == ["ByteLevel"]
+
+    @cached_property
+    def _longest(self) -> int | None:
+        """Most characters of a text that become one token; None where that can be any number."""
+        normalizer = json.loads(self.backend.normalizer.__getstate__()) if self.backend.normalizer else {}
+        composed = {None: 1, "NFC": 4}.get(normalizer.get("type"))
+        added = self.backend.get_added_tokens_decoder().values()
+        if not self.byte_level or composed is None or any(token.lstrip or token.rstrip for token in added):
+            return None
+        return composed * max(map(len, self.backend.get_vocab()))
 
     @cached_property
     def raw_bytes(self) -> dict[int, bytes]:

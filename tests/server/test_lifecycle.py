@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import httpx
 import openai
@@ -131,6 +133,34 @@ def test_sigterm_lets_running_requests_end_and_admits_no_more(slow):
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert slow.process.wait(30) == 0
     assert slow.journal.read_text().endswith("close \n")
+
+
+def test_sigterm_does_not_wait_for_a_request_whose_body_never_comes(launch):
+    server = launch({"shutdown_timeout": 600}).wait_ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as sock:
+        head = "host: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        sock.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode())
+        assert server.http.get("/live").status_code == 200  # so the server has read what came before
+        server.process.send_signal(signal.SIGTERM)
+        assert b"shutting_down" in sock.recv(4096)
+    assert server.process.wait(30) == 0
+
+
+def test_more_connections_than_a_shell_allows_files(launch):
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, allowed[1]))
+    try:
+        server = launch()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    server.wait_ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        for _ in range(200):
+            sock = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            sock.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_sigterm_ends_requests_that_outlast_the_timeout(launch):

@@ -1,13 +1,17 @@
 import json
 import re
+import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Backend
 
 from jaxserve.errors import InvalidRequest, ModelError
 from jaxserve.text import gguf_tokenizer
+from jaxserve.text import tokenizer as tokenizer_module
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
 PIECES = [
@@ -284,3 +288,40 @@ class TestGguf:
 def test_a_path_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nothing")
+
+
+class TestLength:
+    @pytest.fixture(autouse=True)
+    def _check_short_ones_too(self, monkeypatch):
+        monkeypatch.setattr(tokenizer_module, "COUNTED", 0)
+
+    @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["as it is", "NFC"])
+    def test_no_text_that_fits_is_refused(self, default_model, normalizer):
+        tokenizer = load_tokenizer(default_model)
+        tokenizer.backend.normalizer = normalizer
+        longest = max(tokenizer.backend.get_vocab(), key=len)
+        decomposed = "\u03b1\u0313\u0300\u0345" * 40 + "\u1112\u1161\u11ab" * 40
+        for text in (*STRINGS, longest * 50, " " * 5000, decomposed, "<|im_start|>" * 90):
+            tokenizer.check_length(text, len(tokenizer.encode(text)) + 1)
+
+    def test_one_that_cannot_fit_is_refused_with_the_numbers(self, default_model):
+        with pytest.raises(InvalidRequest, match=r"100000 characters, .* at least 1234 tokens") as told:
+            load_tokenizer(default_model).check_length("a" * 100_000, 512)
+        assert told.value.code == "context_length_exceeded"
+
+    def test_where_a_token_may_swallow_any_text_it_is_counted(self, default_model):
+        tokenizer = load_tokenizer(default_model)
+        tokenizer.backend.add_special_tokens([AddedToken("<end>", rstrip=True)])
+        assert len(tokenizer.encode("<end>" + " " * 100_000)) == 1
+        tokenizer.check_length("<end>" + " " * 100_000, 512)
+
+
+def test_others_run_while_a_long_text_is_encoded(default_model):
+    tokenizer = load_tokenizer(default_model)
+    encoding = threading.Thread(target=tokenizer.encode, args=("hello world " * 80_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
