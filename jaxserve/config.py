@@ -97,6 +97,10 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
         bool, about("run requests again that were lost with their engine before anything of them was sent")
     ] = False
     shutdown_timeout: Annotated[float, about("seconds that running requests get on SIGTERM")] = 30.0
+    open_metrics: Annotated[bool, about("answer /metrics without an API key")] = False
+    metrics_compat: Annotated[
+        Literal["none", "vllm"], about("vllm: its names in /metrics as well, for dashboards that know them")
+    ] = "none"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("how much to log")] = "info"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,18 @@ class Logprob(msgspec.Struct):
     decoded_token: str | None = None
 
 
+class SequenceMetrics(msgspec.Struct):
+    """When things happened to a sequence, in seconds of `time.monotonic()`; 0: not yet."""
+
+    queued_ts: float = 0.0
+    """It came to the engine."""
+    scheduled_ts: float = 0.0
+    """It first ran."""
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    num_generation_tokens: int = 0
+
+
 class CompletionOutput(msgspec.Struct):
     """One of a request's `n` sequences: all of it so far, or with output_kind="delta" what is new."""
 
@@ -28,6 +40,8 @@ class CompletionOutput(msgspec.Struct):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None for end-of-sequence and length."""
+    metrics: SequenceMetrics = msgspec.field(default_factory=SequenceMetrics)
+    """One for all outputs of the sequence: it goes on."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -45,3 +59,8 @@ class RequestOutput(msgspec.Struct):
     error: str | None = None
     """Set when the request failed in the engine; its outputs then have finish_reason "error"."""
     error_code: ErrorCode | None = None
+
+    @property
+    def metrics(self) -> SequenceMetrics:
+        """Of the first of these outputs; with `n` > 1 each has its own."""
+        return self.outputs[0].metrics

@@ -24,6 +24,7 @@ from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Policy, Schedule, Scheduler
+from jaxserve.engine.stats import StepStats
 from jaxserve.errors import EngineDied, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
@@ -45,6 +46,9 @@ class Flight(NamedTuple):
     """An array that is there when the device has done the step."""
     error: Exception | None = None
     """Why the step could not be dispatched."""
+    program: str = ""
+    dispatched: float = 0.0
+    """When, in seconds of `time.monotonic()`."""
 
 
 class EngineCore:
@@ -92,6 +96,7 @@ class EngineCore:
         self._random = random.Random(config.seed + replica)
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
+        self._step_stats = StepStats()
 
     @property
     def state(self) -> Literal["ready", "warm"]:
@@ -106,12 +111,17 @@ class EngineCore:
         """Queue a sequence. One that can never run is answered with an error by the next step."""
         if request.seed is None:
             request.seed = self._random.getrandbits(64)
+        now = time.monotonic()
         try:
-            self._scheduler.add(request, time.monotonic())
+            self._scheduler.add(request, now).queued_at = now
         except (ValueError, QueueFull) as error:
             code: ErrorCode | None = "queue_full" if isinstance(error, QueueFull) else None
             refusal = CoreOutput(id=request.id, finish_reason="error", error=str(error), error_code=code)
             self._refused.append(refusal)
+        else:
+            if self._scheduler.unfinished == 1:
+                self._step_stats.idle(None)  # those before it are gone
+            self._note_idle(now)
 
     def abort(self, id: str, keep: int | None = None) -> None:
         """End a sequence; its blocks are free at once. Nothing happens for an unknown id."""
@@ -140,6 +150,7 @@ class EngineCore:
             ahead = 1 if schedule.chunks and self._overlap else 0
             while len(self._flights) > ahead or (self._flights and self._flights[-1].error):
                 outputs += self._collect()
+            self._note_idle(time.monotonic())
         return outputs
 
     def stats(self) -> dict[str, Any]:
@@ -160,6 +171,7 @@ class EngineCore:
             "programs": self._programs.count,
             "warm": self._programs.warm.is_set(),
             "compiles_on_request_path": self._compiles.on_request_path,
+            **self._step_stats.values(),
             "compile_cache_hits": self._compiles.cache_hits,
             "compile_cache_misses": self._compiles.cache_misses,
         }
@@ -181,8 +193,17 @@ class EngineCore:
         except Exception as error:
             return Flight(schedule.chunks, error=error)
 
+    def _note_idle(self, now: float) -> None:
+        """See whether the device has nothing to do; that counts while there are requests."""
+        last = self._flights[-1].done if self._flights else None
+        if last is None or last.is_ready():  # type: ignore[attr-defined]
+            self._step_stats.idle(now if self._scheduler.unfinished else None)
+
     def _dispatch(self, schedule: Schedule) -> Flight:
+        now = time.monotonic()
+        self._note_idle(now)
         for request in schedule.admitted:
+            request.scheduled_at = request.scheduled_at or now
             assert request.slot is not None and request.spec.seed is not None
             layout = self._programs.admit_layout
             packed = layout.pack(request.slot, request.spec, request.spec.seed, request.blocks)
@@ -194,13 +215,15 @@ class EngineCore:
         packed = self._programs.layout(bucket).pack(chunks, self.shapes.max_num_seqs)
         forward = self._programs.forward(bucket)
         self._kv, self._slots, logits, targets = forward(self.model.weights, self._kv, self._slots, packed)
+        dispatched = time.monotonic()
+        self._step_stats.dispatched(dispatched)
         sampled = None
         if any(chunk.samples for chunk in chunks):
             sample = self._programs.sample(bucket.seqs, _variant(chunks))
             self._slots, sampled = sample(self._slots, logits, targets)
             for array in jax.tree.leaves(sampled):
                 array.copy_to_host_async()
-        return Flight(chunks, sampled, targets)
+        return Flight(chunks, sampled, targets, program=bucket.name, dispatched=dispatched)
 
     def _collect(self) -> list[CoreOutput]:
         """Read the oldest step in flight. The first that cannot be read is the one that failed: an error
@@ -213,7 +236,10 @@ class EngineCore:
         self._flights.popleft()
         self.steps += 1
         self._failed_steps = 0
-        return self._advance(flight, host) if host else []
+        now = time.monotonic()
+        tokens = sum(chunk.length for chunk in flight.chunks)
+        self._step_stats.finished(flight.program, tokens, flight.dispatched, now)
+        return self._advance(flight, host, now) if host else []
 
     def _read(self, flight: Flight) -> Sampled | None:
         """What a step sampled, once it is done. Raises what the device or the dispatch raised."""
@@ -223,9 +249,10 @@ class EngineCore:
         host: Sampled | None = jax.tree.map(np.asarray, flight.sampled)
         return host
 
-    def _advance(self, flight: Flight, host: Sampled) -> list[CoreOutput]:
+    def _advance(self, flight: Flight, host: Sampled, now: float) -> list[CoreOutput]:
         tokens = host.tokens.tolist()
         outputs = []
+        gaps = []
         for row, (request, _, _, _, samples) in enumerate(flight.chunks):
             if not samples:
                 continue
@@ -242,8 +269,13 @@ class EngineCore:
             if len(request.output) == 1:
                 self._tokens["prompt"] += len(request.spec.prompt)
                 output.cached_tokens = request.cached
+                output.times = (request.queued_at, request.scheduled_at or now)
+            else:
+                gaps.append(now - request.last_token_at)
+            request.last_token_at = now
             self._tokens["generation"] += 1
             outputs.append(output)
+        self._step_stats.gaps(gaps)
         return outputs
 
     def _recover(self, failed: list[Chunk], error: Exception) -> list[CoreOutput]:

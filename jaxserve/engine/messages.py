@@ -76,6 +76,8 @@ class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop_token: int | None = None
     cached_tokens: int | None = None
     """With the first token: how much of the prompt the prefix cache had."""
+    times: tuple[float, float] | None = None
+    """With the first token: when the sequence came and first ran, in seconds of `time.monotonic()`."""
     error: str | None = None
     error_code: ErrorCode | None = None
 

@@ -10,7 +10,7 @@ class Request:
 
     __slots__ = (
         *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
-        *("preemptions", "rank", "slot", "spec"),
+        *("last_token_at", "preemptions", "queued_at", "rank", "scheduled_at", "slot", "spec"),
     )
 
     def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
@@ -33,6 +33,10 @@ class Request:
         """Where the cache's next entry for it belongs."""
         self.finish_reason: FinishReason | None = None
         self.preemptions = 0
+        self.queued_at = 0.0
+        self.scheduled_at: float | None = None
+        """When it first ran."""
+        self.last_token_at = 0.0
 
     @property
     def id(self) -> str:

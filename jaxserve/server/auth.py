@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,12 +15,13 @@ OPEN = frozenset({"/health", "/live", "/ready", "/ping"})
 class Auth:
     """Lets a request through with `Authorization: Bearer KEY` or `x-api-key: KEY`."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open: Set[str] = OPEN):
         self._app = app
+        self._open = open
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         if self._known(key := _key(Headers(scope=scope))):

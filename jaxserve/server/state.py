@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from jaxserve.config import ServerConfig
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.server.errors import ApiError, unavailable
+from jaxserve.server.metrics.outcomes import Outcomes
 
 
 class ServerState:
@@ -17,6 +18,8 @@ class ServerState:
         self.max_body_size = config.max_body_size
         self.share_prefix_cache = config.share_prefix_cache
         self.request_timeout = config.request_timeout
+        self.vllm_metrics = config.metrics_compat == "vllm"
+        self.outcomes = Outcomes()
         self.started = int(time.time())
         self.draining = False
         self.in_flight = 0

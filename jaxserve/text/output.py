@@ -3,6 +3,7 @@
 The same for the in-process engine and for the HTTP process.
 """
 
+import time
 from collections.abc import Sequence
 
 from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
@@ -100,6 +101,7 @@ class OutputProcessor:
         """
         touched: dict[str, _Request] = {}
         aborts: list[Abort] = []
+        now = time.monotonic()
         for out in outputs:
             if out.id not in self._sequences:
                 continue
@@ -111,8 +113,8 @@ class OutputProcessor:
                 request.fail(out.error or "the engine gave no reason", out.error_code)
                 aborts += [Abort(id) for id in self._drop(request) if id != out.id]
                 continue
-            if sequence.add(out):
-                aborts.append(Abort(out.id, keep=sequence.num_tokens))
+            if sequence.add(out, now):
+                aborts.append(Abort(out.id, keep=sequence.metrics.num_generation_tokens))
             if sequence.finish_reason is not None:
                 del self._sequences[out.id]
         return [output for request in touched.values() if (output := self._output(request))], aborts

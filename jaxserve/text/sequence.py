@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxserve.engine.messages import CoreOutput, TokenLogprobs
-from jaxserve.outputs import CompletionOutput, FinishReason, Logprob
+from jaxserve.outputs import CompletionOutput, FinishReason, Logprob, SequenceMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.detokenizer import Detokenizer, new_detokenizer
 from jaxserve.text.stop import StopChecker
@@ -24,7 +24,7 @@ class OutputSequence:
         """`eos`: end-of-sequence tokens, which give no `stop_reason` (empty when they are ignored)."""
         self.index = index
         self.finish_reason: FinishReason | None = None
-        self.num_tokens = 0
+        self.metrics = SequenceMetrics()
         self._params = params
         self._tokenizer = tokenizer
         self._eos = eos
@@ -38,12 +38,16 @@ class OutputSequence:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob: float | None = None if params.logprobs is None else 0.0
 
-    def add(self, out: CoreOutput) -> bool:
+    def add(self, out: CoreOutput, now: float) -> bool:
         """Takes a step's tokens; True when a stop string ended the sequence, which the core must hear."""
+        if out.times is not None:
+            self.metrics.queued_ts, self.metrics.scheduled_ts = out.times
+            self.metrics.first_token_ts = now
+        self.metrics.last_token_ts = now
         stop_token = out.token_ids[-1] if out.finish_reason == "stop" and out.token_ids else None
         last = len(out.token_ids) - 1
         for i, token in enumerate(out.token_ids):
-            self.num_tokens += 1
+            self.metrics.num_generation_tokens += 1
             self._token_ids.append(token)
             if out.logprobs is not None and self._logprobs is not None:
                 self._add_logprobs(out.logprobs[i])
@@ -73,6 +77,7 @@ class OutputSequence:
             logprobs=None if self._logprobs is None else self._logprobs.copy(),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
+            metrics=self.metrics,
         )
         self._text = [] if clear or not text else [text]
         if clear:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
 from jaxserve.engine.process import main
+from jaxserve.engine.stats import StepStats
 from jaxserve.errors import ModelError
 
 HANGS_ON, FAILS_ON = 4, 5
@@ -38,12 +39,14 @@ class FakeCore:
         self.steps = 0
         self.running: dict[str, CoreRequest] = {}
         self.done: dict[str, int] = {}
+        self.came: dict[str, float] = {}
         self.pause = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
         self.journal = os.environ.get("FAKE_JOURNAL", "").format(replica=replica)
 
     def add(self, request):
         self.running[request.id] = request
         self.done[request.id] = 0
+        self.came[request.id] = time.monotonic()
         self.note("add", request.id)
 
     def abort(self, id, keep=None):
@@ -63,6 +66,8 @@ class FakeCore:
             return self.end(request, CoreOutput(id=request.id, finish_reason="error", error="a bad token"))
         self.done[request.id] += 1
         output = CoreOutput(id=request.id, token_ids=[token])
+        if self.done[request.id] == 1:
+            output.times = (self.came.pop(request.id), time.monotonic())
         if request.logprobs is not None:
             others = range(10, 10 + request.logprobs)
             output.logprobs = [
@@ -91,6 +96,7 @@ class FakeCore:
             "running": len(self.running),
             "steps": self.steps,
             "blocks_total": 1,
+            **StepStats().values(),
         }
 
     def reset_prefix_cache(self):

@@ -42,7 +42,7 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     prompt = await _render(tokenizer, request)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
-    generation = Generation(state, [prompt], cache_salt, caller.tenant, params, written)
+    generation = Generation(state, [prompt], cache_salt, caller, params, written)
     reply = _Reply(f"chatcmpl-{caller.request_id}", model, request, tokenizer, generation)
     return await event_stream(reply.chunks()) if request.stream else await reply.whole()
 

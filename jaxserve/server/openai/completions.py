@@ -30,7 +30,7 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
     written = {"prompt": "prompt[0]"} if _is_batch(request.prompt) else {}
     params = request.params(state.engine.default_params)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
-    generation = Generation(state, prompts, cache_salt, caller.tenant, params, written)
+    generation = Generation(state, prompts, cache_salt, caller, params, written)
     tokenizer = state.engine.tokenizer
     id = f"cmpl-{caller.request_id}"
     reply = _Reply(id, model, request, generation, tokenizer, params.skip_special_tokens)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.server.endpoint import Caller
 from jaxserve.server.errors import ApiError, unavailable
 from jaxserve.server.openai.requests import renamed
 from jaxserve.server.openai.responses import Usage
@@ -27,7 +28,7 @@ class Generation:
         state: ServerState,
         prompts: Sequence[str | list[int]],
         cache_salt: str,
-        tenant: str,
+        caller: Caller,
         params: SamplingParams,
         written: dict[str, str],
     ):
@@ -38,7 +39,8 @@ class Generation:
         self._deadline = self._timeout and asyncio.get_running_loop().time() + self._timeout
         self._prompts = prompts
         self._cache_salt = cache_salt
-        self._tenant = tenant
+        self._tenant = caller.tenant
+        self._watch = state.outcomes.watch(caller.arrived, len(prompts), params)
         self._params = params
         self._written = written
 
@@ -46,18 +48,20 @@ class Generation:
         """(prompt's number, output) as they come. Closing it aborts what still runs."""
         seen = set()
         runs = [self._run(i) for i in range(len(self._prompts))]
-        async with aclosing(_merge(runs)) as merged:
-            while item := await self._in_time(anext(merged, None)):
-                i, output = item
-                if output.error_code == "queue_full":
-                    raise unavailable(f"the server is busy: {output.error}", "queue_full")
-                if output.error is not None:
-                    raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
-                if i not in seen:
-                    seen.add(i)
-                    self.usage.count_prompt(output)
-                self.usage.count_output(output)
-                yield i, output
+        with self._watch:
+            async with aclosing(_merge(runs)) as merged:
+                while item := await self._in_time(anext(merged, None)):
+                    i, output = item
+                    if output.error_code == "queue_full":
+                        raise unavailable(f"the server is busy: {output.error}", "queue_full")
+                    if output.error is not None:
+                        raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
+                    if i not in seen:
+                        seen.add(i)
+                        self.usage.count_prompt(output)
+                    self.usage.count_output(output)
+                    self._watch.saw(i, output)
+                    yield i, output
 
     async def _in_time(self, item: Awaitable[T]) -> T:
         try:
