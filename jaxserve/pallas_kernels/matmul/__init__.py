@@ -10,7 +10,8 @@ Implementation = Literal["xla", "cpu"]
 def matmul(x: jax.Array, w: jax.Array, implementation: Implementation = "xla") -> jax.Array:
     """float32 `[N, out]` of x `[N, in]` and w `[out, in]`, accumulated in float32.
 
-    `xla` rounds x to w's type; `cpu` reads it as float32, and a row's bits do not depend on the other rows.
+    `xla` rounds x to w's type. `cpu` reads it as float32, or rounds it to bf16 where the processor multiplies
+    that (avx512_bf16); a row's bits do not depend on the other rows.
     """
     if implementation == "cpu":
         from jaxserve.pallas_kernels.matmul import cpu

@@ -106,6 +106,19 @@ inline void hold(Floats& v) {
 #endif
 }
 
+#ifdef __AVX512BF16__
+inline void hold(__m512bh& v) { asm("" : "+v"(v)); }
+
+// The nearest bf16 numbers, the even one of two.
+inline void round(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __mmask16 some = count - i < kLanes ? (1u << (count - i)) - 1 : 0xffff;
+    const __m512 floats = _mm512_maskz_loadu_ps(some, from + i);
+    _mm256_mask_storeu_epi16(to + i, some, bits_as<__m256i>(_mm512_cvtneps_pbh(floats)));
+  }
+}
+#endif
+
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline Floats broadcast(float x) { return x - Floats{}; }
@@ -118,13 +131,42 @@ inline Ints lane_numbers() {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+using Four = float __attribute__((vector_size(16)));
+
+// Four lanes: sums of every fourth, by halves.
+inline Four sums_of_fourths(Floats v) {
+#if defined(__AVX512DQ__)
+  // with a mask of all: gcc 12 warns of its own header for the forms without one
+  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v, 0), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+#else
+  for (int half = kLanes / 2; half > 2; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return Four{v[0], v[1], v[2], v[3]};
+#endif
+}
+
 // The sum of the lanes, by halves: the same order everywhere.
 inline float sum(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  const Four fourths = sums_of_fourths(v);
+  return (fourths[0] + fourths[2]) + (fourths[1] + fourths[3]);
+}
+
+// The sums of the lanes of four vectors, in the same order.
+inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+  const Four v[] = {sums_of_fourths(a), sums_of_fourths(b), sums_of_fourths(c), sums_of_fourths(d)};
+#ifdef __SSE__
+  const Four ab = _mm_unpacklo_ps(v[0], v[1]), cd = _mm_unpacklo_ps(v[2], v[3]);
+  const Four ab_high = _mm_unpackhi_ps(v[0], v[1]), cd_high = _mm_unpackhi_ps(v[2], v[3]);
+  const Four even = ab + ab_high, odd = cd + cd_high;  // lanes 0 and 2, lanes 1 and 3, of a, b and of c, d
+  return _mm_add_ps(_mm_movelh_ps(even, odd), _mm_movehl_ps(odd, even));
+#else
+  Four result;
+  for (int i = 0; i < 4; ++i) result[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+  return result;
+#endif
 }
 
 inline float largest(Floats v) {
