@@ -272,6 +272,16 @@ def test_a_waiting_request_that_cannot_run_again_gets_the_reason(model_dir, end,
     scripted(model_dir, main, retry_on_restart=True)
 
 
+def test_a_request_that_cannot_be_sent_leaves_nothing(model_dir, monkeypatch):
+    async def main(engine, core):
+        monkeypatch.setattr(core, "send", lambda message: {}["no way to say it"])
+        with pytest.raises(KeyError):
+            await (await begin(engine, "a"))
+        assert not engine._lanes[0].jobs, "it would count as work that gets nowhere"
+
+    scripted(model_dir, main)
+
+
 @pytest.fixture(scope="module")
 def fake_core():
     import importlib.util
