@@ -1,4 +1,6 @@
-"""One workload under every combination of what must not change it: `python lossless_report.py MODEL MESH MODE`.
+"""One workload under every combination of what must not change it.
+
+`python lossless_report.py MODEL MESH MODE`: MODE is normal or deterministic.
 
 Prints JSON: the workload's results, each request alone, and those of every combination of `AXES` by its name.
 An engine is made once: the axes are turned inside it, so that the whole product takes seconds.

@@ -187,7 +187,7 @@ class ToyEngine:
         # whoever decodes and stays gets a token
         assert scheduled.issuperset(request for request in decoding if request in running)
         stayed = [r for r in before if r in running and r not in schedule.admitted]
-        if self.scheduler.policy.aging is None:  # the first stays, and none gives way to those that rank after it
+        if self.scheduler.policy.aging is None:  # the first stays, and others give way from the end
             assert before[:1] == stayed[:1] and before[: len(stayed)] == stayed
         assert running == sorted(stayed + schedule.admitted, key=rank)
         if not self.flights:
