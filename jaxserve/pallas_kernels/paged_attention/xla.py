@@ -49,10 +49,11 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     attend = partial(_attend, pool=pool, number=q.dtype, masking=masking)
     per_head = _Heads(*(None if x is None else x.reshape(kv_heads, -1) for x in (sinks, alibi)))
     singles = min(meta.q_lens.shape[0], n)
-    out = _attend_singles(attend, scaled[:singles].astype(q.dtype), meta, per_head)
+    # float32: products this thin are faster in it than in bf16 on a CPU, and a row has the same bits alone
+    # as in a tile
+    out = _attend_singles(attend, scaled[:singles], meta, per_head)
     if n > meta.q_lens.shape[0]:
         out = jnp.concatenate([out, jnp.zeros((n - singles, *out.shape[1:]), out.dtype)])
-        # float32: products this thin are faster in it than in bf16 on a CPU
         out = _attend_tiles(attend, scaled, out, meta, per_head)
     return out.astype(q.dtype).reshape(n, heads, dim), pool
 
@@ -120,12 +121,12 @@ def _attend_tiles(attend, q, out, meta, per_head):
 def _attend(q, q_pos, tables, *, pool, number, masking, heads):
     """Attention of q [B, M, dim] over S paged contexts, B = S * kv_heads; f32 [B, M, dim].
 
-    q is scaled already, and its type is the products' type; q_pos [B, M] or [B, 1] or [1, M] (MASKED
+    q is scaled already and float32, as the products are; q_pos [B, M] or [B, 1] or [1, M] (MASKED
     rows see nothing); tables [S, W]; `number` is the type of the pool's numbers.
     """
     _, _, kv_heads, size, dim = pool.shape
     width = tables.shape[1]
-    pages = max(1, min(CHUNK // size, width))
+    pages = max(1, CHUNK // size)  # whatever the table's width: the order of sums depends on it
     chunk = pages * size
     padded = jnp.pad(tables, ((0, 0), (0, -width % pages)))
     flat = pool.reshape(-1, size, dim)
@@ -135,7 +136,7 @@ def _attend(q, q_pos, tables, *, pool, number, masking, heads):
     def gather(blocks, plane):
         index = blocks[:, None, :] * (2 * kv_heads) + plane + planes
         got = flat.at[index.reshape(batch, pages)].get(mode="promise_in_bounds")
-        return decode(got.reshape(batch, chunk, dim), number).astype(q.dtype)
+        return decode(got.reshape(batch, chunk, dim), number).astype(jnp.float32)
 
     def body(i, state: _Softmax) -> _Softmax:
         blocks = lax.dynamic_slice_in_dim(padded, i * pages, pages, axis=1)
@@ -164,8 +165,7 @@ def _begin(batch, rows, dim, sinks) -> _Softmax:
 
 def _absorb(state: _Softmax, q, k, v, q_pos, k_pos, masking, heads) -> _Softmax:
     """The softmax after one more chunk of context: k and v [B, C, dim] at k_pos [C]."""
-    exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    dot = partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
+    dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     logits = dot(q, k, (((2,), (2,)), ((0,), (0,))))
     if masking.soft_cap:
         logits = masking.soft_cap * jnp.tanh(logits / masking.soft_cap)
@@ -180,5 +180,5 @@ def _absorb(state: _Softmax, q, k, v, q_pos, k_pos, masking, heads) -> _Softmax:
     # a row that sees nothing yet has top == NEVER: its weights must be 0, not exp(0)
     weights = jnp.where(visible, jnp.exp(logits - top[..., None]), 0.0)
     keep = jnp.exp(state.top - top)
-    got = dot(weights.astype(q.dtype), v, (((2,), (1,)), ((0,), (0,))))
+    got = dot(weights, v, (((2,), (1,)), ((0,), (0,))))
     return _Softmax(top, state.mass * keep + weights.sum(axis=2), state.acc * keep[..., None] + got)
