@@ -56,6 +56,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "xla", "cpu"], about("implementation of products with weights")
     ] = "auto"
     seed: Annotated[int, about("seeds requests that bring no seed of their own")] = 0
+    deterministic: Annotated[
+        bool, about("the same bits for a request alone or in any batch; ready only when warm")
+    ] = False
     generation_config: Annotated[
         str, about("sampling defaults: auto: the model's; none: OpenAI's; or a directory with the file")
     ] = "auto"

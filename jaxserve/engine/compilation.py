@@ -66,14 +66,23 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def compiler_options(platform: str, dtype: jnp.dtype) -> dict[str, str | bool]:
+def compiler_options(platform: str, dtype: jnp.dtype, deterministic: bool = False) -> dict[str, str | bool]:
     """Options of all programs of a model of this type.
 
     float32 is asked for where exactness counts. On a CPU, XLA's fast products add up a whole row in one
-    running sum; without them logits come three times closer to float64 (docs/performance.md).
+    running sum; without them logits come three times closer to float64 (docs/performance.md). Its fast
+    reductions, which it takes from some number of rows on, add up in another order than its own.
     """
-    exact = platform == "cpu" and dtype == jnp.float32
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if exact else {}
+    if platform == "gpu":
+        return {"xla_gpu_exclude_nondeterministic_ops": True} if deterministic else {}
+    if platform == "cpu" and dtype == jnp.float32:
+        return {YNN: ""}
+    return {YNN: YNN_PRODUCTS} if platform == "cpu" and deterministic else {}
+
+
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+"""Which operations XLA leaves to its library of fast kernels."""
+YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
 def cache_dir() -> Path:

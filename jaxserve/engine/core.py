@@ -16,6 +16,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.blocks import BlockPool
+from jaxserve.engine.certify import certify
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.kernels import choose_kernels, prepare_kernels
 from jaxserve.engine.memory import Budget, fit
@@ -83,9 +84,17 @@ class EngineCore:
         self.steps = 0
         kernels = choose_kernels(config, mesh, dtype)
         smallest_decode = kernels.smallest_decode(platform)
-        self._programs = Programs(self.model, self.shapes, kernels, smallest_decode, self._compiles)
+        self._programs = Programs(
+            self.model, self.shapes, kernels, smallest_decode, self._compiles, config.deterministic
+        )
         self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()
+        self._left_out: list[str] = []
+        if config.deterministic:
+            self._programs.wait_until_warm()
+            self._kv, self._slots, self._left_out = certify(
+                self._programs, self.model.weights, self._kv, self._slots
+            )
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
         self._scheduler = Scheduler(
             self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, _policy(config)
@@ -94,6 +103,8 @@ class EngineCore:
         self._overlap = config.overlap
         self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
+        self._seed = config.seed if config.deterministic else None
+        """Of requests without one, whatever their order; None: each gets another."""
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
@@ -110,7 +121,7 @@ class EngineCore:
     def add(self, request: CoreRequest) -> None:
         """Queue a sequence. One that can never run is answered with an error by the next step."""
         if request.seed is None:
-            request.seed = self._random.getrandbits(64)
+            request.seed = self._random.getrandbits(64) if self._seed is None else self._seed
         now = time.monotonic()
         try:
             self._scheduler.add(request, now).queued_at = now
@@ -169,9 +180,11 @@ class EngineCore:
             "generation_tokens": self._tokens["generation"],
             "padding_tokens": self._tokens["padding"],
             "programs": self._programs.count,
+            "programs_certified": 0 if self._seed is None else self._programs.count,
+            "programs_refused": len(self._left_out),
+            **self._step_stats.values(),
             "warm": self._programs.warm.is_set(),
             "compiles_on_request_path": self._compiles.on_request_path,
-            **self._step_stats.values(),
             "compile_cache_hits": self._compiles.cache_hits,
             "compile_cache_misses": self._compiles.cache_misses,
         }

@@ -67,6 +67,7 @@ class Programs:
         kernels: Kernels,
         smallest_decode: int,
         compiles: Counts,
+        deterministic: bool = False,
     ):
         self.shapes = shapes
         self.admit_layout = AdmitLayout(shapes.table_width)
@@ -75,7 +76,8 @@ class Programs:
         self._functions = model.functions(kernels)
         self._mesh = model.mesh
         self._compiles = compiles
-        self._options = compiler_options(model.mesh.devices.flat[0].platform, model.dtype)
+        platform = model.mesh.devices.flat[0].platform
+        self._options = compiler_options(platform, model.dtype, deterministic)
         self._weights = model.abstract
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
@@ -119,16 +121,26 @@ class Programs:
         return len(self._forward) + len(self._sample) + 1
 
     @property
+    def ready(self) -> list[Bucket]:
+        """Buckets that can run: their rows can be sampled too."""
+        return [b for b in list(self._forward) if (b.seqs, "full") in self._sample]
+
+    @property
+    def samples(self) -> list[tuple[int, Variant]]:
+        """Rows and variants of the sample programs that are ready."""
+        return list(self._sample)
+
+    @property
     def limits(self) -> Limits:
         """The largest step that is sure to have a program."""
-        largest = max(bucket for bucket in self._ready() if bucket.tokens > bucket.seqs)
+        largest = max(bucket for bucket in self.ready if bucket.tokens > bucket.seqs)
         return Limits(largest.seqs, min(largest.tokens, self.shapes.max_num_batched_tokens))
 
     def bucket(self, tokens: int, seqs: int) -> Bucket:
         """The smallest ready bucket for so many tokens of so many sequences."""
         fits = (
             b
-            for b in self._ready()
+            for b in self.ready
             if seqs <= b.seqs and tokens <= b.tokens and (tokens == seqs or b.tokens > b.seqs)
         )
         return min(fits)
@@ -143,6 +155,11 @@ class Programs:
     def sample(self, seqs: int, variant: Variant) -> Any:
         """sample for that many rows: (slots, logits, targets) -> (slots, sampled)."""
         return self._sample.get((seqs, variant)) or self._sample[seqs, "full"]
+
+    def leave_out(self, program: Bucket | tuple[int, Variant]) -> None:
+        """Forget a program: another one serves in its place."""
+        table: dict[Any, Any] = self._forward if isinstance(program, Bucket) else self._sample
+        del table[program]
 
     def compile_largest(self) -> None:
         """Compile the programs that take most memory, and no others: for a plan."""
@@ -163,9 +180,6 @@ class Programs:
         """A fresh pool and fresh slots on the devices."""
         state: tuple[list[jax.Array], Slots] = self._empty()
         return state
-
-    def _ready(self) -> list[Bucket]:
-        return [b for b in list(self._forward) if (b.seqs, "full") in self._sample]
 
     def _plan(self) -> Iterator[Any]:
         """Compilations in order: a bucket is ready once its rows can be sampled too."""
