@@ -11,7 +11,7 @@ import pytest
 from .lossless_report import combinations, name
 
 SCRIPT = Path(__file__).with_name("lossless_report.py")
-MODES = ["normal"]
+MODES = ["normal", "deterministic"]
 
 
 @pytest.fixture(scope="module")
