@@ -1,6 +1,6 @@
 """Offline throughput beside transformers: the same model, weights and prompts, in turn, in one run.
 
-    python bench/throughput.py [--sequences 1 8 32] [--input 128] [--output 128] [--rounds 3]
+    python bench/throughput.py [--sequences 1 8 32] [--input 128] [--output 128] [--rounds 3] [--peers …]
 
 Needs torch and transformers (`make test` installs them). Each peer runs in a process of its own, one at
 a time; a round is one run of each. Prints output tokens per second and their ratio (median, min, max).
@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 PEERS = ("jaxserve bfloat16", "transformers bfloat16", "transformers float32")
+DETERMINISTIC = "jaxserve-deterministic bfloat16"
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=[*PEERS, DETERMINISTIC], default=list(PEERS))
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -98,7 +99,8 @@ class Process:
 
 def serve_peer(peer: str) -> None:
     name, dtype = peer.split()
-    generate = jaxserve_engine(dtype) if name == "jaxserve" else transformers_model(dtype)
+    ours = name.startswith("jaxserve")
+    generate = jaxserve_engine(dtype, peer == DETERMINISTIC) if ours else transformers_model(dtype)
     for line in sys.stdin:
         question = json.loads(line)
         start = time.perf_counter()
@@ -107,10 +109,10 @@ def serve_peer(peer: str) -> None:
         print(json.dumps({"seconds": seconds, "lengths": [len(t) for t in tokens]}), flush=True)
 
 
-def jaxserve_engine(dtype: str) -> Generate:
+def jaxserve_engine(dtype: str, deterministic: bool) -> Generate:
     from jaxserve import Engine, SamplingParams
 
-    engine = Engine(dtype=dtype)
+    engine = Engine(dtype=dtype, deterministic=deterministic)
     engine.wait_until_warm()
 
     def generate(prompts: list[list[int]], output: int) -> list[list[int]]:
