@@ -24,7 +24,7 @@ from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogpro
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.sampling import Sampled, Variant
-from jaxserve.engine.scheduler import Chunk, Policy, Schedule, Scheduler
+from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler, policy_of
 from jaxserve.engine.stats import StepStats
 from jaxserve.errors import EngineDied, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
@@ -97,7 +97,7 @@ class EngineCore:
             )
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
         self._scheduler = Scheduler(
-            self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, _policy(config)
+            self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, policy_of(config)
         )
         self._flights: deque[Flight] = deque()
         self._overlap = config.overlap
@@ -315,11 +315,6 @@ class EngineCore:
             array.delete()  # or the traceback keeps what was not donated
         self._kv, self._slots = jax.block_until_ready(self._programs.empty_state())
         return outputs
-
-
-def _policy(config: EngineConfig) -> Policy:
-    aging = config.priority_aging if config.scheduling_policy == "priority" else None
-    return Policy(aging, config.fair_share, config.max_prompt_share, config.max_num_queued_reqs)
 
 
 def _variant(chunks: list[Chunk]) -> Variant:
