@@ -64,12 +64,23 @@ def launch(model_dir):
 
 
 @pytest.fixture(scope="session")
-def real_server(model_dir):
-    """`jaxserve serve` with the tiny Llama and nothing faked."""
-    command = ["-m", "jaxserve", "serve", str(model_dir), "--port", "0", "--dtype", "float32"]
-    server = Server([*command, "--max-num-seqs", "8"], {}, {})
-    yield server.wait_ready()
-    server.stop(signal.SIGKILL)
+def start_real(model_dir):
+    """start_real(*options): a tiny Llama served, nothing faked; it ends with the session."""
+    servers: list[Server] = []
+
+    def start(*options: str) -> Server:
+        command = ["-m", "jaxserve", "serve", str(model_dir), "--port", "0", "--dtype", "float32"]
+        servers.append(Server([*command, *options], {}, {}))
+        return servers[-1].wait_ready()
+
+    yield start
+    for server in servers:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def real_server(start_real):
+    return start_real("--max-num-seqs", "8")
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,7 @@ COMPLETION = [
     ({"min_p": 2}, "min_p"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
+    ({"prompt": ["a"] * 17, "n": 128}, "n"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"stop": 3}, "stop"),

@@ -13,7 +13,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs
-from jaxserve.server.openai.requests import ChatRequest, parse_chat
+from jaxserve.server.openai.requests import ChatRequest, parse_chat, renamed
 from jaxserve.server.openai.responses import (
     ChatChoice,
     ChatChunk,
@@ -29,7 +29,7 @@ from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
 RENDER_INLINE = 4096
-"""Longest conversation, in characters, that is rendered and tokenised on the event loop."""
+"""Longest conversation, in characters, that is rendered on the event loop."""
 
 
 async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
@@ -39,7 +39,9 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", "messages")
     params = request.params(state.engine.default_params)
-    prompt = await _render(tokenizer, request)
+    text = await _render(tokenizer, request)
+    with renamed({"prompt": "messages"}):
+        prompt = await state.engine.encode(text, add_special_tokens=False)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
     generation = Generation(state, [prompt], cache_salt, caller, params, written)
@@ -47,14 +49,14 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     return await event_stream(reply.chunks()) if request.stream else await reply.whole()
 
 
-async def _render(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+async def _render(tokenizer: Tokenizer, request: ChatRequest) -> str:
     messages = msgspec.to_builtins(request.messages)
     for message in messages:
         if message["role"] == "developer":  # templates know it by its older name
             message["role"] = "system"
     if sum(len(str(message["content"])) for message in messages) <= RENDER_INLINE:
-        return tokenizer.apply_chat_template(messages)
-    return await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+        return tokenizer.render_chat(messages)
+    return await asyncio.to_thread(tokenizer.render_chat, messages)
 
 
 class _Reply:

@@ -21,6 +21,7 @@ from jaxserve.text.detokenizer import new_detokenizer
 from jaxserve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
+MAX_SEQUENCES = 2048
 
 
 async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
@@ -29,6 +30,9 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
     prompts = _prompts(request.prompt)
     written = {"prompt": "prompt[0]"} if _is_batch(request.prompt) else {}
     params = request.params(state.engine.default_params)
+    if len(prompts) * params.n > MAX_SEQUENCES:
+        told = f"{len(prompts)} prompts with n = {params.n} are more than {MAX_SEQUENCES} sequences"
+        raise InvalidRequest(told, "n", "invalid_value")
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     generation = Generation(state, prompts, cache_salt, caller, params, written)
     tokenizer = state.engine.tokenizer
