@@ -12,6 +12,7 @@ from jaxserve.errors import JaxserveError
 COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "chat": "chat with a model in the terminal",
+    "plan": "say what a model takes on a device and what then fits, before anything is loaded",
     "pull": "fetch a model",
     "models": "list the models that are here",
     "doctor": "say what device, driver, kernels and caches there are, and what is wrong",

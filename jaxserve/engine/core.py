@@ -22,6 +22,7 @@ from jaxserve.engine.kernels import choose_kernels, prepare_kernels
 from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
 from jaxserve.engine.model import LoadedModel
+from jaxserve.engine.plan import Plan, plan_of
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler, policy_of
@@ -65,6 +66,7 @@ class EngineCore:
             self._load(config, replica)
 
     def _load(self, config: EngineConfig, replica: int) -> None:
+        self._config = config
         mesh = make_mesh(config, replica)
         device = mesh.devices.flat[0]
         platform, memory = platform_of(device), memory_of(config, device)
@@ -188,6 +190,10 @@ class EngineCore:
             "compile_cache_hits": self._compiles.cache_hits,
             "compile_cache_misses": self._compiles.cache_misses,
         }
+
+    def plan(self) -> Plan:
+        """What the engine takes and holds."""
+        return plan_of(self._config, self.model, self.budget, self._programs)
 
     def reset_prefix_cache(self) -> None:
         """Forget what finished and running sequences left for others."""
@@ -336,10 +342,8 @@ def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
 
 
 def _hello(budget: Budget) -> Hello:
-    pool = budget.shapes.pool
-    capacity = (pool.num_blocks - 1) * pool.block_size
     return Hello(
         max_model_len=budget.max_model_len,
-        max_request_tokens=min(budget.max_model_len, capacity + 1),
+        max_request_tokens=budget.max_request_tokens,
         vocab_size=budget.shapes.vocab,
     )

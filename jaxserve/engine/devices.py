@@ -87,6 +87,7 @@ class Memory(NamedTuple):
     """What one device has for an engine, before anything is loaded."""
 
     platform: Platform
+    device: str
     limit: int
     """Bytes that may be in use."""
     used: int
@@ -97,17 +98,18 @@ class Memory(NamedTuple):
 
 def memory_of(config: EngineConfig, device: jax.Device) -> Memory:
     """The memory of a device that is here."""
-    part, platform = config.memory_fraction, platform_of(device)
+    part, platform, name = config.memory_fraction, platform_of(device), device.device_kind
     if platform is CPU:
         shape, free = parse_mesh(config.mesh), host_memory()
         count = shape.tensor * shape.data
         shared = f" for {count} virtual devices" if count > 1 else ""
-        return Memory(platform, int(free * part) // count, 0, f"{part} of {gib(free)} of free memory{shared}")
+        about = f"{part} of {gib(free)} of free memory{shared}"
+        return Memory(platform, name, int(free * part) // count, 0, about)
     stats = device.memory_stats()
-    limit, used, kind = stats["bytes_limit"], stats["bytes_in_use"], device.device_kind
+    limit, used = stats["bytes_limit"], stats["bytes_in_use"]
     if platform is GPU:  # whose allocator was told the fraction
-        return Memory(platform, limit, used, f"{part} of {kind}")
-    return Memory(platform, int(limit * part), used, f"{part} of {gib(limit)}, {kind}")
+        return Memory(platform, name, limit, used, f"{part} of {name}")
+    return Memory(platform, name, int(limit * part), used, f"{part} of {gib(limit)}, {name}")
 
 
 def host_memory() -> int:

@@ -11,6 +11,7 @@ from jaxserve.aliases import translate
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, parse_mesh
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import Abort
+from jaxserve.engine.plan import Plan
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
 from jaxserve.engine.stats import add_up
 from jaxserve.engine.text_side import load_text_side
@@ -134,6 +135,11 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start, added up over the replicas."""
         return add_up(core.stats() for core in self._cores)
+
+    def plan(self) -> Plan:
+        """What a replica takes on its devices and holds: known shapes, and the compiler's analysis of the
+        programs that are ready."""
+        return self._cores[0].plan()
 
     def reset_prefix_cache(self) -> None:
         """Forget the prompts and outputs that later ones could have begun with."""

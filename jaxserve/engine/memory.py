@@ -4,6 +4,8 @@ An engine that starts and the plan of one that does not exist ask the same funct
 weight is loaded or a program compiled.
 """
 
+import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from jaxserve.engine.programs import VARIANTS, Shapes, ladder
 from jaxserve.errors import ConfigError
 from jaxserve.models.layers.attention import HeadLayout
 from jaxserve.models.layers.param import padded
+from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.paged_attention import PoolShape
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
@@ -25,9 +28,14 @@ GRID = 64
 change the programs' shapes."""
 CPU_POOL_BYTES = 4 * 2**30
 """For all virtual devices together: they share one memory."""
-PROCESS_BYTES = 250 * 2**20
-"""Host memory of a process that has imported everything and loaded nothing (docs/memory.md)."""
-GPU_WORKSPACE = 64 * 2**20
+MIB = 2**20
+PROCESS_BYTES = {CPU: 330 * MIB, GPU: 2048 * MIB, TPU: 2048 * MIB}
+"""Host memory of a process with a runtime and no engine. The CPU's is measured (docs/memory.md)."""
+FORWARD_BYTES = {"native": MIB, "xla": 11 * MIB // 4}
+"""Host memory of a layer in a forward program for the CPU, by the kind of attention. Measured too."""
+SAMPLE_BYTES = 2 * MIB
+"""Of a sample program."""
+GPU_WORKSPACE = 64 * MIB
 """For cuBLAS (32 MiB on Hopper) and the partial results of split attention."""
 LARGEST_MESH = 64
 
@@ -75,6 +83,12 @@ class Budget(NamedTuple):
     def beside(self) -> int:
         """All but the pool."""
         return self.weights + self.state + self.temporaries + self.autotuning + self.runtime
+
+    @property
+    def max_request_tokens(self) -> int:
+        """A sequence's last token is never fed back, so it needs no place in the pool."""
+        pool = self.shapes.pool
+        return min(self.max_model_len, (pool.num_blocks - 1) * pool.block_size + 1)
 
     @property
     def fits(self) -> bool:
@@ -145,7 +159,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     tables = 2 * 4 * rows * shapes.table_width
     forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
     workspace = GPU_WORKSPACE if memory.platform is GPU else 0
-    return max(forward + forward // 50 + workspace, 6 * logits + logits // 16) + 2**20
+    return max(forward + forward // 50 + workspace, 6 * logits + logits // 16) + MIB
 
 
 def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memory) -> int:
@@ -177,19 +191,39 @@ def _autotuning(case: Case, shapes: Shapes) -> int:
 
 
 def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
-    """Measured: docs/memory.md. A GPU's programs are small."""
+    """Programs are small on a GPU; on a TPU a layer takes 8 MiB of a mixed program and 5 of a decode."""
     if memory.platform is GPU:
         return 0
     buckets = ladder(shapes, memory.platform.smallest_decode)
-    mixed = sum(bucket.tokens > bucket.seqs for bucket in buckets)
     samples = len({bucket.seqs for bucket in buckets}) * len(VARIANTS)
-    mib = 2**20
     if memory.platform is TPU:
-        layers = (8 * mixed + 5 * (len(buckets) - mixed)) * shapes.layers
-        return (layers + 4 * samples) * mib
+        layers = sum(8 if bucket.tokens > bucket.seqs else 5 for bucket in buckets) * shapes.layers
+        return layers * MIB + 2 * samples * SAMPLE_BYTES
     mesh = parse_mesh(case.config.mesh)
-    programs = len(buckets) * shapes.layers * mib // 2 + 2 * samples * mib
-    return (PROCESS_BYTES + programs) // (mesh.tensor * mesh.data)
+    layer = FORWARD_BYTES["native" if _native(case.config) else "xla"]
+    programs = len(buckets) * shapes.layers * layer + samples * SAMPLE_BYTES
+    return (PROCESS_BYTES[CPU] + programs) // (mesh.tensor * mesh.data)
+
+
+def _native(config: EngineConfig) -> bool:
+    """Whether attention is likely to be the C++ kernel."""
+    with contextlib.suppress(native.NativeError):
+        return config.attention in ("auto", "cpu") and bool(native.compiler())
+    return False
+
+
+def process_bytes(config: EngineConfig, model: LoadedModel, budget: Budget, stored: int) -> int:
+    """Most host memory that the process of an engine ever has; its checkpoint's files hold `stored` bytes.
+
+    Files are mapped, and a parameter is made ready at a time, until the weights are on their devices.
+    """
+    platform, mesh = budget.memory.platform, parse_mesh(config.mesh)
+    largest: int = max(math.prod(weight.shape) for weight in model.abstract) * 4
+    loading = PROCESS_BYTES[platform] + stored + largest
+    if platform is not CPU:
+        return loading
+    count = mesh.tensor * mesh.data
+    return max(loading + count * budget.weights, count * (budget.beside + budget.pool))
 
 
 def _max_model_len(config: EngineConfig, dims: Any) -> int:

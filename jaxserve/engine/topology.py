@@ -27,6 +27,11 @@ class Chip(NamedTuple):
     facts: dict[str, float | str]
     """What its compiler asks for: of a TPU the name of its topologies, of a GPU the figures of TARGET."""
 
+    @property
+    def packages(self) -> str:
+        """What its compiler comes from, beside jax."""
+        return "libtpu" if self.platform is TPU else "jax-cuda13-pjrt, jax-cuda13-plugin and ptxas"
+
 
 def _gpu(name: str, gib: float, compute: str, cores: int, shared: int, l2: int, bandwidth: float) -> Chip:
     """`shared`: KiB of shared memory of a core; `l2`: MiB; `bandwidth`: GB/s."""
@@ -90,7 +95,7 @@ def chip(name: str) -> Chip:
 
 def memory_of_chip(config: EngineConfig, chip: Chip) -> Memory:
     part, size = config.memory_fraction, int(chip.gib * 2**30)
-    return Memory(chip.platform, int(size * part), 0, f"{part} of {gib(size)}, {chip.name}")
+    return Memory(chip.platform, chip.name, int(size * part), 0, f"{part} of {gib(size)}, {chip.name}")
 
 
 def abstract_mesh(config: EngineConfig) -> AbstractMesh:
@@ -99,12 +104,14 @@ def abstract_mesh(config: EngineConfig) -> AbstractMesh:
 
 
 def compiler_mesh(config: EngineConfig, chip: Chip) -> Mesh:
-    """A replica's mesh of devices that programs can be compiled for. Raises what jax raises without the
-    packages for it."""
+    """A replica's mesh of devices that programs can be compiled for. Without the packages for it jax raises
+    errors of several kinds."""
     count = parse_mesh(config.mesh).tensor
     if chip.platform is GPU:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        target = TARGET.format(name=chip.name, memory=int(chip.gib * 2**30), **chip.facts)
+        # without a device's allocator the compiler plans for four fifths of the memory, and would squeeze
+        memory = int(chip.gib * 2**30 / 0.8)
+        target = TARGET.format(name=chip.name, memory=memory, **chip.facts)
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=target, topology=f"1x1x{count}"
         )

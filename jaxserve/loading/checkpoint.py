@@ -66,6 +66,13 @@ def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
     return GGUFCheckpoint(files[0])
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a model's config, or of a .json file that stands for one. Raises ModelError."""
+    if path.suffix == ".json":
+        return _read_json(path, dict[str, Any])
+    return open_checkpoint(path, tensors=False).config
+
+
 class GGUFCheckpoint(Checkpoint):
     """Tensors that the file does not quantise are views of it; `tensor` makes the others anew."""
 

@@ -43,6 +43,22 @@ def pull(ref: str, progress: bool = True) -> Path:
     return model_in(place.resolve())
 
 
+def pull_config(ref: str) -> Path:
+    """A model that is here, a path to a .json file, or of the Hugging Face hub's the config.json alone.
+
+    Others are fetched whole. Raises ModelError.
+    """
+    path = Path(ref).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if not path.exists():
+        kind, name = _parse(ref)
+        here = (_shelf(kind) / quote(name, safe="=")).is_dir()
+        if kind == "hf" and not here and (config := huggingface.fetch_config(name)):
+            return config
+    return pull(ref)
+
+
 def list_models() -> list[ModelEntry]:
     """What has been fetched, by reference."""
     return [

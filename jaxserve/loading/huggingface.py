@@ -38,6 +38,20 @@ def fetch(name: str, link: Path, progress: bool) -> None:
     _point(link, snapshot)
 
 
+def fetch_config(name: str) -> Path | None:
+    """The config.json of `org/name` or `org/name@revision`, without the weights; None when it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # as in fetch
+        raise ModelError(_explain(name, error)) from None
+
+
 def _listing(repository: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit and the files to fetch: safetensors, or one GGUF, and the small files beside them."""
     from huggingface_hub import HfApi

@@ -106,7 +106,7 @@ def plan(name="llama-3.1-8b", memory=72 * GIB, used=0, platform=GPU, dtype="bflo
     mesh = AbstractMesh((tensor,), ("tensor",), axis_types=(AxisType.Auto,))
     shape = json.loads((CONFIGS / f"{name}.json").read_text())
     model = LoadedModel(shape, mesh, jnp.dtype(dtype))
-    return fit(config, model, Memory(platform, memory, used, "0.9 of 80.0 GiB"))
+    return fit(config, model, Memory(platform, "a device", memory, used, "0.9 of 80.0 GiB"))
 
 
 def test_the_pool_takes_what_is_left_down_to_the_grid():
