@@ -121,12 +121,13 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
             why = next(iter(str(error).splitlines()), type(error).__name__)
             source = f"an estimate: to compile for it takes {there.packages} ({why})"
             found = Temporaries(budget.temporaries, source)
-    plan = describe(config, model, budget, buckets, found, _size(place))
+    plan = describe(config, model, budget, _names(buckets), found, _size(place))
     if (short := plan.temporaries - plan.reserved - plan.left) > 0:
+        blocks = plan.num_blocks - -(-short // plan.block_bytes)
+        what = f"num_blocks={blocks}" if blocks >= 2 else "a smaller max_num_seqs or max_num_batched_tokens"
         raise ConfigError(
             f"{config.model} does not fit: a program takes {gib(found.bytes)} ({found.source}), and beside "
-            f"the KV pool {gib(plan.reserved + plan.left)} are left; "
-            f"it would with num_blocks={plan.num_blocks - -(-short // plan.block_bytes)}"
+            f"the KV pool {gib(plan.reserved + plan.left)} are left; it would with {what}"
         )
     return plan
 
@@ -140,21 +141,21 @@ def measured(programs: Programs) -> Temporaries:
 
 def plan_of(config: EngineConfig, model: LoadedModel, budget: Budget, programs: Programs) -> Plan:
     """The plan of an engine that runs, with what is known of the programs that are compiled."""
-    return describe(config, model, budget, programs.buckets, measured(programs), _size(Path(config.model)))
+    names = ["admit", *programs.temporaries()]
+    return describe(config, model, budget, names, measured(programs), _size(Path(config.model)))
 
 
 def describe(
     config: EngineConfig,
     model: LoadedModel,
     budget: Budget,
-    buckets: Sequence[Bucket],
+    programs: list[str],
     temporaries: Temporaries,
     stored: int,
 ) -> Plan:
     """A budget in words; `stored` is the size of the checkpoint's files."""
     shapes, memory, pool = budget.shapes, budget.memory, budget.shapes.pool
     capacity = pool.num_blocks - 1
-    rows = sorted({bucket.seqs for bucket in buckets})
     return Plan(
         model=config.model,
         device=memory.device,
@@ -183,12 +184,15 @@ def describe(
         max_num_seqs=shapes.max_num_seqs,
         max_num_batched_tokens=shapes.max_num_batched_tokens,
         sequences=[_sequences(tokens, budget) for tokens in LENGTHS],
-        programs=[
-            "admit",
-            *(bucket.name for bucket in sorted(buckets)),
-            *(f"sample[{n}] {variant}" for n in rows for variant in VARIANTS),
-        ],
+        programs=programs,
     )
+
+
+def _names(buckets: Sequence[Bucket]) -> list[str]:
+    """All programs of a ladder."""
+    rows = sorted({bucket.seqs for bucket in buckets})
+    samples = [f"sample[{n}] {variant}" for n in rows for variant in VARIANTS]
+    return ["admit", *(bucket.name for bucket in sorted(buckets)), *samples]
 
 
 def _sequences(tokens: int, budget: Budget) -> Sequences:
@@ -201,7 +205,8 @@ def _sequences(tokens: int, budget: Budget) -> Sequences:
 def _compile(config: EngineConfig, model: LoadedModel, budget: Budget) -> Programs:
     kernels = choose_kernels(config, model.mesh, model.dtype)
     smallest = kernels.smallest_decode(budget.memory.platform)
-    programs = Programs(model, budget.shapes, kernels, smallest, compilation.Counts())
+    counts = compilation.Counts()
+    programs = Programs(model, budget.shapes, kernels, smallest, counts, config.deterministic)
     programs.compile_largest()
     return programs
 
