@@ -8,7 +8,8 @@ is full the one that ranks last is preempted and recomputed later; the first nev
 
 import math
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -183,8 +184,7 @@ class Scheduler:
             outranked = [r for r in competing if r.rank > request.rank]
             if not outranked or self._has_room(request, seqs):
                 return
-            freed = sum(self.pool.references(block) == 1 for r in outranked for block in r.blocks)
-            if self.pool.blocks_for(request.length) > self._unpromised() + freed:
+            if self.pool.blocks_for(request.length) > self._unpromised(without=outranked):
                 return
             self.preempt(outranked[-1])
 
@@ -254,9 +254,13 @@ class Scheduler:
             budget -= admitted[-1].length
         return admitted
 
-    def _unpromised(self) -> int:
-        """Free blocks that no running request needs for the tokens it has."""
-        return self.pool.free - sum(self._new_blocks(request, request.pending) for request in self.running)
+    def _unpromised(self, without: Sequence[Request] = ()) -> int:
+        """Free blocks that no running request but those `without`, which give theirs back, needs for its tokens."""
+        leaving = set(without)
+        owned = Counter(block for request in leaving for block in request.blocks)
+        freed = sum(self.pool.references(block) == owners for block, owners in owned.items())
+        staying = (request for request in self.running if request not in leaving)
+        return self.pool.free + freed - sum(self._new_blocks(r, r.pending) for r in staying)
 
     def _take_cached(self, request: Request, room: int) -> bool:
         """Give a waiting request the blocks that the cache has for it, unless it does not fit `room` blocks.

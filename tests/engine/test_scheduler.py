@@ -326,6 +326,25 @@ def test_priority_makes_room_in_the_pool():
     engine.run(limits)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "steps"),
+    [
+        ([[1] * 32, [1] * 32 + [2]], 3),  # eight of their blocks are free only when both give way
+        ([[1] * 44], 1),  # most of its blocks are promised, not taken
+    ],
+)
+def test_priority_takes_blocks_that_are_shared_or_promised(prompts, steps):
+    engine = ToyEngine(num_blocks=13, block_size=4, max_num_seqs=4, policy=Policy(aging=10.0))
+    limits = Limits(4, 8 if len(prompts) == 1 else 64)
+    low = [engine.add(prompt, 4, priority=5) for prompt in prompts]
+    for _ in range(steps):
+        engine.step(limits)
+    assert engine.scheduler.running == low
+    high = engine.add([3] * 24, 4)
+    assert high in engine.step(limits).admitted
+    engine.run(limits)
+
+
 def test_one_that_waits_grows_older_than_priority():
     engine = ToyEngine(100, 4, max_num_seqs=1, policy=Policy(aging=10.0))
     limits = Limits(1, 16)
