@@ -31,7 +31,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._received = 0
         """Bytes since it runs."""
         self._head: int | None = None
-        """Bytes of the head that is arriving; None between heads."""
+        """Bytes of the headers that are arriving, before a body or after it; None between them."""
         self._answering: RequestResponseCycle | None = None
         """The last one begun; `self.cycle` is the last one received."""
 
@@ -68,7 +68,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._head = None
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        """Part of a body comes now, or, after the last, headers again."""
+        self._head = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._head = None
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._head = None
         self._arrived()
         super().on_message_complete()
         self.cycle.more_body = False  # also where it was answered before it had come

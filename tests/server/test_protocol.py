@@ -108,6 +108,21 @@ def test_a_head_without_end_is_refused(web, endless):
                 sock.sendall(endless)
 
 
+@pytest.mark.parametrize("path", ["/whole", "/early"])  # not answered, and answered before it had come
+def test_headers_after_a_body_have_the_same_limit(web, path):
+    head = HEAD.replace(b"/", path.encode(), 1) + b"transfer-encoding: chunked\r\n\r\n"
+    with web.connect() as sock:
+        sock.sendall(head + b"3\r\n")
+        time.sleep(0.05)
+        sock.sendall(b"abc\r\n40000\r\n" + b"d" * 0x40000)  # a body may be longer
+        time.sleep(0.05)
+        sock.sendall(b"\r\n0\r\na: b\r\n\r\n" + head + b"0\r\n")
+        with pytest.raises(OSError):
+            for _ in range(2**15):
+                sock.sendall(b"a: " + b"b" * 8192 + b"\r\n")
+    assert web.events[0] == f"done {path}"
+
+
 def test_a_long_head_in_pieces_says_why(web):
     with web.connect() as sock:
         sock.sendall(HEAD)
