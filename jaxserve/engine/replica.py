@@ -130,7 +130,8 @@ class ProcessReplica:
         self._supervisor = asyncio.create_task(self._supervise())
 
     def send(self, message: ToCore) -> None:
-        if self._writer is not None:
+        """To a process that is gone: nothing, and `Died` follows; uvloop would raise."""
+        if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode_frame(message))
 
     def kill(self, reason: str) -> None:

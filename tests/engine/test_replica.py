@@ -3,9 +3,11 @@
 import asyncio
 
 import pytest
+import uvloop
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import replica
+from jaxserve.engine.messages import StatsRequest
 from jaxserve.engine.replica import Died, ProcessReplica
 
 
@@ -91,6 +93,26 @@ def test_a_process_that_closes_its_socket_and_stays_is_ended(monkeypatch):
     monkeypatch.setattr(replica, "CLOSE_SECONDS", 0.1)
     (died,) = lives(READY + "sock.close(); time.sleep(600)", 1)
     assert died == Died("the engine process closed its socket without ending", for_good=False)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_is_sent_to_a_process_that_is_gone_is_dropped(new_loop):
+    async def main():
+        process, died = ProcessReplica(command=("-c", READY + "sock.close(); time.sleep(600)")), []
+
+        def deliver(message):
+            died.append(message) if isinstance(message, Died) else process._process.kill()
+            for _ in range(3):
+                process.send(StatsRequest())
+
+        process.start(EngineConfig(), deliver)
+        while not died:
+            process.send(StatsRequest())
+            await asyncio.sleep(0)
+        await process.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_process_that_the_system_cannot_end_is_given_up(monkeypatch):
