@@ -255,7 +255,7 @@ class Scheduler:
         return admitted
 
     def _unpromised(self, without: Sequence[Request] = ()) -> int:
-        """Free blocks that no running request but those `without`, which give theirs back, needs for its tokens."""
+        """Blocks that are free once those `without` are preempted, less what the others' tokens need."""
         leaving = set(without)
         owned = Counter(block for request in leaving for block in request.blocks)
         freed = sum(self.pool.references(block) == owners for block, owners in owned.items())
