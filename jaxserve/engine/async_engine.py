@@ -160,7 +160,8 @@ class AsyncEngine:
                 if item.finished:
                     return
         finally:
-            self._forget(request_id)
+            if self._job(request_id) is job:  # and not the next one of this id
+                self._forget(request_id)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids; the event loop goes on while those of a long one are found.

@@ -137,6 +137,22 @@ def test_abort_ends_the_iterator(make):
     assert all(not output.finished for output in asyncio.run(main()))
 
 
+def test_the_end_of_a_request_leaves_alone_the_next_one_of_its_id(make):
+    async def main():
+        async with make(Slow) as engine:
+            first = engine.generate("Hello", DELTA, request_id="mine")
+            await anext(first)
+            await engine.abort("mine")
+            await until_idle(engine)
+            params = SamplingParams(max_tokens=5, output_kind="delta")
+            second = engine.generate("Other", params, request_id="mine")
+            begun = await anext(second)
+            assert [output async for output in first] == []
+            return text_of([begun] + [output async for output in second])
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == "Other"
+
+
 def test_requests_go_to_the_replica_with_the_fewest(make):
     async def main():
         async with make(Slow, Slow) as engine:
