@@ -64,7 +64,9 @@ def with_own_devices(config: EngineConfig, replica: int) -> EngineConfig:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(shape.tensor * shape.data)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[replica * shape.tensor : (replica + 1) * shape.tensor])
-    return msgspec.structs.replace(config, mesh=f"{shape.tensor}x1", seed=config.seed + replica)
+    # two that draw seeds draw different ones; deterministic, it must not matter who answers
+    seed = config.seed if config.deterministic else config.seed + replica
+    return msgspec.structs.replace(config, mesh=f"{shape.tensor}x1", seed=seed)
 
 
 def reason_of(error: Exception) -> str:

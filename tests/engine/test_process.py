@@ -14,6 +14,11 @@ def test_each_replica_sees_its_own_gpus(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,5"
 
 
+def test_deterministic_replicas_draw_the_same(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert with_own_devices(EngineConfig(mesh="1x2", seed=5, deterministic=True), 1).seed == 5
+
+
 def test_one_replica_keeps_what_the_user_chose(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = EngineConfig(mesh="4x1")
