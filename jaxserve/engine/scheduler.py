@@ -177,16 +177,16 @@ class Scheduler:
 
     def _yield_to_priority(self, seqs: int) -> None:
         """Preempt running requests for a waiting one that outranks them, if that makes room for it."""
-        if self.policy.aging is None:
+        request = self.waiting.first()
+        if self.policy.aging is None or request is None or request.inflight:
             return
-        while (request := self.waiting.first()) and not request.inflight:
-            competing = [r for r in self.running if self.waiting.compete(r, request)]
-            outranked = [r for r in competing if r.rank > request.rank]
-            if not outranked or self._has_room(request, seqs):
-                return
-            if self.pool.blocks_for(request.length) > self._unpromised(without=outranked):
-                return
-            self.preempt(outranked[-1])
+        competing = [r for r in self.running if self.waiting.compete(r, request)]
+        outranked = [r for r in competing if r.rank > request.rank]
+        if not outranked or self._has_room(request, seqs):
+            return
+        if self.pool.blocks_for(request.length) <= self._unpromised(without=outranked):
+            while not self._has_room(request, seqs):
+                self.preempt(outranked.pop())
 
     def _has_room(self, request: Request, seqs: int) -> bool:
         fits = self.pool.blocks_for(request.length) <= self._unpromised()
