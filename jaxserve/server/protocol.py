@@ -32,6 +32,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Bytes since it runs."""
         self._head: int | None = None
         """Bytes of the headers that are arriving, before a body or after it; None between them."""
+        self._ended = False
+        """Nothing more is understood; the connection closes with the answer under way."""
         self._answering: RequestResponseCycle | None = None
         """The last one begun; `self.cycle` is the last one received."""
 
@@ -50,6 +52,8 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
+        if self._ended:  # it is read all the same: that is how the client is seen to go
+            return
         if not self._busy:
             self._expect()
         self._received += len(data)
@@ -130,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._arrived()
         if self._answering is not None and self._busy:  # the request before this one comes first
             self._answering.keep_alive = False
-            self.flow.pause_reading()
+            self._ended = True
             return
         if not (self.cycle and self.cycle.more_body and self.cycle.response_started):
             body = ApiError(status, message, code=code).encode()

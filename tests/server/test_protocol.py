@@ -200,6 +200,16 @@ def test_a_client_that_goes_ends_the_request_that_is_answered_not_only_the_last_
     eventually(lambda: web.events == ["gone /late"])
 
 
+def test_a_client_that_sends_garbage_and_goes_is_seen_to_go(web, eventually):
+    with web.connect() as sock:
+        sock.sendall(HEAD.replace(b"/", b"/late", 1) + b"content-length: 0\r\n\r\n")
+        time.sleep(0.05)
+        for _ in range(2):
+            sock.sendall(b"\x16 not HTTP\r\n\r\n")
+            time.sleep(0.05)
+    eventually(lambda: web.events == ["gone /late"])
+
+
 def test_the_end_does_not_wait_for_a_request_that_has_not_arrived(web):
     with web.connect() as sock:
         sock.sendall(BODY)
