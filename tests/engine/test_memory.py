@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from bench.pool_waste import measure
 from jaxserve import Engine
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine import compilation, devices
@@ -20,6 +21,7 @@ from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.memory import CPU_POOL_BYTES, GRID, fit
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs
+from jaxserve.engine.simulation.traffic import Traffic
 from jaxserve.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -244,3 +246,11 @@ def test_weights_are_counted_as_they_are_loaded(model_dir):
         assert core.budget.weights == sum(w.nbytes for w in core.model.weights)
         slots = sum(x.nbytes for x in jax.tree.leaves(core._slots))
         assert core.budget.state == pytest.approx(slots, rel=0.1)
+
+
+@pytest.mark.parametrize("pool", [100_000, 8_192])
+@pytest.mark.parametrize("size", [16, 64])
+def test_at_most_half_a_block_of_a_sequence_is_unused(size, pool):
+    run = measure(Traffic(duration=60, rate=4, prompt_tokens=200, prompt_spread=1.0), size, pool)
+    assert run.sequences > 10_000 and (run.scheduler.preemptions > 0) == (pool == 8_192)
+    assert 0.3 < run.unused / size <= 0.5
