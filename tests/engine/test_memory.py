@@ -229,16 +229,6 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert devices.host_memory() == 0
 
 
-def test_a_small_machine_gets_a_small_pool(model_dir, monkeypatch):
-    """4 GiB are the most on a CPU, not the least."""
-    monkeypatch.setattr(devices, "host_memory", lambda: 450 * 2**20)
-    with Engine(str(model_dir), dtype="float32", max_num_seqs=1024, max_num_batched_tokens=1024) as engine:
-        (core,) = engine._cores
-        left = int(0.9 * 450 * 2**20) - core.budget.beside
-        assert core.budget.pool <= left < core.budget.pool + GRID * core.budget.block
-        assert sum(kv.nbytes for kv in core._kv) == core.budget.pool
-
-
 def test_weights_are_counted_as_they_are_loaded(model_dir):
     options = {"dtype": "float32", "num_blocks": 33, "max_num_seqs": 4, "max_num_batched_tokens": 16}
     with Engine(str(model_dir), **options) as engine:

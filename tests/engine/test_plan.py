@@ -14,6 +14,7 @@ from jaxserve import Engine
 from jaxserve.config import EngineConfig
 from jaxserve.engine import devices, topology
 from jaxserve.engine import plan as planning
+from jaxserve.engine.memory import GRID
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.plan import make_plan
 from jaxserve.errors import ConfigError
@@ -41,6 +42,8 @@ def test_a_plan_is_what_the_engine_becomes(name, long_model, monkeypatch):
     plan = make_plan(EngineConfig(**options))
     limited = plan.num_blocks < 8 * plan.max_model_len // plan.block_size + 1
     assert limited == (name in ("given", "what is left"))
+    if name == "what is left":
+        assert 0 <= plan.left < GRID * plan.block_bytes
     with Engine(**options) as engine:
         (core,) = engine._cores
         assert core._kv[0].shape[0] == plan.num_blocks
