@@ -13,7 +13,7 @@ DUMMY_SLOT = 9
 
 
 def chunk(slot: int, prompt: list[int], start: int, length: int, blocks: list[int], new: int) -> Chunk:
-    request = Request(CoreRequest(id=str(slot), prompt=prompt, max_tokens=50), arrival=slot)
+    request = Request(CoreRequest(id=str(slot), prompt=prompt, max_tokens=50), rank=(0.0, slot))
     request.slot, request.blocks = slot, blocks
     return Chunk(request, start, length, blocks[len(blocks) - new :], start + length == len(prompt))
 
@@ -89,7 +89,7 @@ def test_every_decode_may_start_a_block():
 @pytest.mark.parametrize("start", range(6))
 @pytest.mark.parametrize("count", range(1, 6))
 def test_tokens_of_prompt_and_output(start, count):
-    request = Request(CoreRequest(id="a", prompt=[1, 2, 3], max_tokens=9), arrival=0)
+    request = Request(CoreRequest(id="a", prompt=[1, 2, 3], max_tokens=9), rank=(0.0, 0))
     request.output = [4, 5, 6]
     assert request.tokens(start, count) == [1, 2, 3, 4, 5, 6][start : start + count]
 

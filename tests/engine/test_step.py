@@ -59,7 +59,7 @@ class Device:
 
 
 def request(slot: int, prompt: list[int], blocks: list[int]) -> Request:
-    made = Request(CoreRequest(id=str(slot), prompt=prompt, max_tokens=9, temperature=0.0), arrival=slot)
+    made = Request(CoreRequest(id=str(slot), prompt=prompt, max_tokens=9, temperature=0.0), rank=(0.0, slot))
     made.slot, made.blocks = slot, blocks
     return made
 
