@@ -26,17 +26,21 @@ from jaxserve.errors import ConfigError
 log = logging.getLogger(__name__)
 
 CONTEXT = 320
-"""Tokens of the text that probes share or repeat: more than one turn of attention's loops."""
-TAIL = 2
-"""Tokens that a probe has of its own: a chunk, or two single rows."""
+"""Tokens of the probes' text: more than one turn of attention's loops."""
+TAIL = 6
+"""Tokens that a probe goes on for after a beginning that it shares."""
+TAILS = 16
+"""How many such probes there are, at least."""
 CORE = 8
-"""The first probes: every program sees them, so that any two can be compared."""
-TWICE = 2
-"""Each probe is there twice, so that a program can contradict itself."""
+"""The first of them, which every program sees."""
+ROWS = CORE * TAIL
+"""Rows that a decode program is tried with, at least: one whose sums have another order shows it in some."""
 ENOUGH = 128
 """Rows that a mixed program is tried with, but at least a whole step."""
 DRAWS = 16
 """Rows that a sample program is tried with, at least."""
+PLAIN = 8
+"""And those of them that are tried without filters beside them."""
 STEP = 64
 """What a step costs beside its rows, in rows."""
 NOTHING = "deterministic: no program gives a row the same bits in all places on this device"
@@ -126,10 +130,12 @@ def _cost(members: list[Bucket], seqs: int) -> float:
 class _Probe(NamedTuple):
     """A sequence whose tokens from `start` on are computed, into blocks of its own."""
 
-    name: Hashable
-    """The same for sequences of the same tokens."""
     request: Request
     start: int
+
+    @classmethod
+    def of(cls, tokens: list[int], start: int) -> "_Probe":
+        return cls(Request(CoreRequest(id="probe", prompt=tokens, max_tokens=1), (0.0, 0)), start)
 
     @property
     def end(self) -> int:
@@ -143,8 +149,9 @@ Piece = tuple[_Probe, int, int]
 class _Probing:
     """Sequences to try forward programs with, and the state that these run on.
 
-    A text lies in the pool once. `tails` share its beginning, as prefix hits do, and end with tokens of their
-    own, which run one by one or together; `wholes` repeat the text in their own blocks, in long chunks.
+    All begin one text, so whatever is computed can be compared. `tails` share its first blocks, as prefix
+    hits do, and go on for some tokens, one by one or together; `wholes` have it in their own blocks, in long
+    chunks.
     """
 
     def __init__(self, programs: Programs, weights: Weights, kv: KV, slots: Slots):
@@ -156,22 +163,19 @@ class _Probing:
         # a small pool has room for little here, as it has later
         capacity = shapes.pool.num_blocks - 1
         own = min(-(-TAIL // size), capacity, shapes.table_width)
-        tails = min(shapes.max_num_seqs, max(1, capacity // 2 // own))
-        shared = min(-(-CONTEXT // size), (capacity - tails * own) // 2, shapes.table_width - own)
-        text = self._tokens(shared * size)
-        self._wholes, self._tails = [], []
+        tails = min(max(shapes.max_num_seqs, TAILS), max(1, capacity // 2 // own))
+        shared = min(-(-CONTEXT // size), (capacity - tails * own) // 2, shapes.table_width)
+        text = self._random.integers(0, shapes.vocab, max(shared, own) * size).tolist()
+        wholes = 0
         if shared:
-            most = (capacity - tails * own - shared) // shared
             wanted = -(-max(programs.ready).tokens // len(text))
-            self._wholes = [_probe("text", text, 0) for _ in range(min(wanted, most))]
-        for i in range(tails):
-            if i % TWICE == 0:
-                start = int(self._random.integers(0, shared + 1)) * size
-                tokens = text[:start] + self._tokens(min(TAIL, own * size))
-            self._tails.append(_probe(i // TWICE, tokens, start))
+            wholes = min(wanted, (capacity - tails * own - shared) // max(shared, own))
+        self._wholes = [_Probe.of(text, 0) for _ in range(wholes)]
+        starts = [i % max(1, shared - own + 1) * size for i in range(tails)]
+        self._tails = [_Probe.of(text[: start + min(TAIL, own * size)], start) for start in starts]
         self._shared = list(range(1, shared + 1))
         self._free = list(range(shared + 1, capacity + 1))
-        self._compute_text(text)
+        self._compute(text[: shared * size])
 
     def forward(self, bucket: Bucket) -> Bits:
         """What a program computes of the probes."""
@@ -181,20 +185,16 @@ class _Probing:
         for pieces in self._traffic(bucket):
             logits = self._step(bucket, pieces)
             for row, (probe, start, length) in enumerate(pieces):
-                bits.note((probe.name, start + length, "logits"), logits[row])
+                bits.note((start + length, "logits"), logits[row])
                 computed += [(probe, position) for position in range(start, start + length)]
-        for (probe, position), *layers in zip(computed, *self._written(computed), strict=True):
-            bits.note((probe.name, position, "kv"), *layers)
+        for (_, position), *layers in zip(computed, *self._written(computed), strict=True):
+            bits.note((position, "kv"), *layers)
         return bits
 
-    def _tokens(self, count: int) -> list[int]:
-        tokens: list[int] = self._random.integers(0, self._programs.shapes.vocab, count).tolist()
-        return tokens
-
-    def _compute_text(self, text: list[int]) -> None:
-        """Have the text in the blocks that tails share."""
+    def _compute(self, text: list[int]) -> None:
+        """Have a text in the blocks that tails share."""
         bucket = self._programs.ready[0]
-        probe = _probe("text", text, 0)
+        probe = _Probe.of(text, 0)
         probe.request.blocks = self._shared
         for start in range(0, len(text), bucket.tokens):
             self._step(bucket, [(probe, start, min(bucket.tokens, len(text) - start))])
@@ -208,30 +208,44 @@ class _Probing:
             probe.request.blocks = self._shared[:first] + [free.pop() for _ in range(last - first)]
 
     def _traffic(self, bucket: Bucket) -> Iterator[list[Piece]]:
-        """Steps for a bucket, full and partly filled in turn."""
+        """Steps for a bucket, full and partly filled in turn, until it has seen enough."""
+        slots = self._programs.shapes.max_num_seqs
         at = {probe: probe.start for probe in (*self._tails, *self._wholes)}
-        for turn in range(_turns(bucket)):
+        enough, turns = _enough(bucket)
+        turn = rows = 0
+        while turn < turns or rows < enough:
             room = int(self._random.integers(1, bucket.tokens + 1)) if turn % 2 else bucket.tokens
             pieces = []
-            for probe in self._sequences(bucket, turn, at)[: bucket.seqs]:
+            for probe in self._sequences(bucket, turn, at)[: min(bucket.seqs, slots)]:
                 if left := min(probe.end - at[probe], room):
-                    one = not _mixed(bucket) or (left <= TAIL and self._random.random() < 0.5)
-                    pieces.append((probe, at[probe], 1 if one else left))
-                    at[probe] += pieces[-1][2]
-                    room -= pieces[-1][2]
-            if pieces:
-                yield sorted(pieces, key=lambda piece: piece[2] > 1)
+                    length = self._length(bucket, left)
+                    pieces.append((probe, at[probe], length))
+                    at[probe] += length
+                    room -= length
+            if not pieces:
+                return
+            yield sorted(pieces, key=lambda piece: piece[2] > 1)
+            turn += 1
+            rows += bucket.tokens if _mixed(bucket) else len(pieces)
 
     def _sequences(self, bucket: Bucket, turn: int, at: dict[_Probe, int]) -> list[_Probe]:
-        """Who is in a step: what every program sees, then others, then long chunks for what room is left."""
-        tails = [*self._shuffled(self._tails[:CORE]), *self._shuffled(self._tails[CORE:])]
+        """Who is in a step: tails, and long chunks for what room is left or before them."""
+        core, others = self._shuffled(self._tails[:CORE], at), self._shuffled(self._tails[CORE:], at)
+        probes = core + others
         if _mixed(bucket):
-            tails = tails[: max(1, bucket.seqs - len(self._wholes))] + self._wholes
-        live = [probe for probe in tails if at[probe] < probe.end]
-        return live[::-1] if _mixed(bucket) and turn % 2 else live
+            wholes = self._shuffled(self._wholes, at)
+            probes = probes[: max(1, bucket.seqs - len(wholes))] + wholes
+        return probes[::-1] if _mixed(bucket) and turn % 2 else probes
 
-    def _shuffled(self, probes: list[_Probe]) -> list[_Probe]:
-        return [probes[i] for i in self._random.permutation(len(probes))]
+    def _shuffled(self, probes: list[_Probe], at: dict[_Probe, int]) -> list[_Probe]:
+        """Those that are not at their end."""
+        return [probes[i] for i in self._random.permutation(len(probes)) if at[probes[i]] < probes[i].end]
+
+    def _length(self, bucket: Bucket, left: int) -> int:
+        """Of the next chunk of a probe that has so many tokens left."""
+        if not _mixed(bucket) or (left <= TAIL and self._random.random() < 0.5):
+            return 1
+        return int(self._random.integers(1, left + 1)) if left <= TAIL else left
 
     def _step(self, bucket: Bucket, pieces: list[Piece]) -> np.ndarray:
         """Run the bucket's program; logits [seqs, vocab]."""
@@ -261,15 +275,11 @@ def _mixed(bucket: Bucket) -> bool:
     return bucket.tokens > bucket.seqs
 
 
-def _turns(bucket: Bucket) -> int:
-    """Steps that a program is tried with."""
-    if _mixed(bucket):  # a single sequence is either a tail or a whole
-        return max(2 if bucket.seqs == 1 else 1, ENOUGH // bucket.tokens)
-    return max(2, CORE * TAIL // bucket.seqs)
-
-
-def _probe(name: Hashable, tokens: list[int], start: int) -> _Probe:
-    return _Probe(name, Request(CoreRequest(id=str(name), prompt=tokens, max_tokens=1), (0.0, 0)), start)
+def _enough(bucket: Bucket) -> tuple[int, int]:
+    """Rows and steps that a program is tried with, at least."""
+    if _mixed(bucket):
+        return ENOUGH, 2 if bucket.seqs == 1 else 1  # a single sequence is either a tail or a whole
+    return ROWS, 2
 
 
 class _Draws:
@@ -330,7 +340,7 @@ class _Draws:
     def _batches(self, most: int) -> Iterator[np.ndarray]:
         """Rows that are sampled together: some of all kinds, then plain ones."""
         kinds = np.arange(len(self._requests))
-        for rows, enough in ((kinds, DRAWS), (kinds[::2], CORE)):
+        for rows, enough in ((kinds, DRAWS), (kinds[::2], PLAIN)):
             shuffled = self._random.permutation(rows)
             for start in range(0, min(enough, len(rows)), most):
                 yield shuffled[start : start + most]
