@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         float, about("part of a step that a long prompt may take while shorter ones are there")
     ] = 0.5
     max_num_queued_reqs: Annotated[
-        int | None, about("sequences that may wait; more are refused with a 503")
+        int | None, about("with so many sequences waiting (of an API key) requests get a 503")
     ] = None
     overlap: Annotated[bool, about("plan and dispatch a step before the last one's tokens are read")] = True
     memory_fraction: Annotated[float, about("part of the device's memory the engine may use")] = 0.9

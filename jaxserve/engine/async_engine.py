@@ -137,11 +137,13 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         tenant: str = "",
+        follows: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as `params.output_kind` says, the last one with `finished`.
 
         `prompt`: text, token ids, `{"prompt": …}` or `{"prompt_token_ids": […]}`. Closing the iterator aborts
-        the request. Tenants take turns (the option `fair_share`). Raises `InvalidRequest` before the first
+        the request. Tenants take turns (the option `fair_share`). One that `follows`, as part of a larger
+        request, is let in by a full queue. Raises `InvalidRequest` before the first
         output, `EngineDied` at any time.
         """
         await self.start()
@@ -150,7 +152,7 @@ class AsyncEngine:
         request_id = request_id or uuid.uuid4().hex
         if self._job(request_id):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
-        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant)
+        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant, follows)
         try:
             self._choose_lane().add(job)
             while (item := await job.stream.get()) is not None:
@@ -262,7 +264,7 @@ class AsyncEngine:
         ready = [lane for lane in self._lanes if lane.ready]
         if not ready:
             raise EngineDied(self._closed or self.failure or f"the engine is {self.state}")
-        return min(ready, key=lambda lane: len(lane.jobs))
+        return min(ready, key=lambda lane: lane.sequences)
 
     def _job(self, request_id: str) -> Job | None:
         """The request of that id that has not ended."""

@@ -28,6 +28,8 @@ class Job:
     params: SamplingParams
     cache_salt: str
     tenant: str
+    follows: bool
+    """Part of a larger request of which something came before it."""
     stream: Stream = field(default_factory=asyncio.Queue)
     fresh: bool = True
     """Nothing of it has been handed out, and it was in no core that died."""
@@ -68,6 +70,11 @@ class Lane:
     def ready(self) -> bool:
         return self.hello is not None and self.status.state in ("ready", "warm")
 
+    @property
+    def sequences(self) -> int:
+        """How many its requests ask for."""
+        return sum(job.params.n for job in self.jobs.values())
+
     def watch(self, seconds: float) -> None:
         """So much time went by. It is counted, not read from a clock: while this process itself is stopped,
         or too busy to listen, none does."""
@@ -88,7 +95,7 @@ class Lane:
             assert self.hello is not None
             self._processor = self._make_processor(self.hello)
         requests = self._processor.add(
-            job.request_id, job.text, job.ids, job.params, job.cache_salt, job.tenant
+            job.request_id, job.text, job.ids, job.params, job.cache_salt, job.tenant, job.follows
         )
         if not self.jobs:
             self._stalled = 0.0

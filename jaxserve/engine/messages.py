@@ -34,6 +34,8 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """Whose it is: tenants take turns."""
     priority: int = 0
     """Lower goes first."""
+    follows: bool = False
+    """Its request has an earlier sequence: the queue's limit is for requests."""
 
 
 class Abort(msgspec.Struct, tag="abort"):

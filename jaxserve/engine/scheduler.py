@@ -61,7 +61,7 @@ class Policy(NamedTuple):
     """A prompt longer than this part of a step's tokens takes at most this part of what is left of them while
     shorter ones are there."""
     max_queued: int | None = None
-    """How many may wait beside those that could run at once."""
+    """With so many in a line, beside those that could run at once, no request joins it."""
 
 
 def policy_of(config: EngineConfig) -> Policy:
@@ -105,9 +105,10 @@ class Scheduler:
                 f"a prompt of {len(spec.prompt)} tokens and {spec.max_tokens} to generate do not fit "
                 f"the pool's {self.pool.capacity} blocks of {self.pool.block_size} tokens"
             )
-        free_slots = 0 if self._refused else len(self._slots)
-        if self.policy.max_queued is not None and len(self.waiting) >= self.policy.max_queued + free_slots:
-            raise QueueFull(f"{len(self.waiting)} sequences are waiting, and no more may")
+        if self.policy.max_queued is not None and not spec.follows:
+            waiting = self.waiting.in_line(spec.tenant)
+            if waiting >= self.policy.max_queued + (0 if self._refused else len(self._slots)):
+                raise QueueFull(f"{waiting} sequences are waiting, and no more may")
         # waiting longer by the aging time is worth one level, an order that never changes
         urgency = 0.0 if self.policy.aging is None else now + spec.priority * self.policy.aging
         request = Request(spec, (urgency, self._arrivals))

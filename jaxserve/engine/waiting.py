@@ -28,6 +28,10 @@ class WaitingQueue:
         """Line by line, each in order of rank."""
         return itertools.chain.from_iterable(self._lines.values())
 
+    def in_line(self, tenant: str) -> int:
+        """How many wait in the tenant's line."""
+        return len(self._lines.get(tenant if self._fair else "", ()))
+
     def first(self) -> Request | None:
         """The one that is next; it stays in line."""
 

@@ -3,6 +3,7 @@
 The same for the in-process engine and for the HTTP process.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ class OutputProcessor:
         self._max_request_tokens = min(max_request_tokens or max_model_len, max_model_len)
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
         self._priorities = priorities
+        self._serials = itertools.count()
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[str, tuple[_Request, OutputSequence]] = {}
 
@@ -52,8 +54,10 @@ class OutputProcessor:
         params: SamplingParams,
         cache_salt: str = "",
         tenant: str = "",
+        follows: bool = False,
     ) -> list[CoreRequest]:
-        """The core requests, with ids `request_id#0` … `request_id#n-1`.
+        """The core requests, with ids of their own: a token of an aborted one may still be on its way when its
+        id is used again.
 
         Raises InvalidRequest for what the model, its context or its pool cannot take.
         """
@@ -68,7 +72,7 @@ class OutputProcessor:
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
         eos = [] if params.ignore_eos else self._eos
-        request = _Request(request_id, prompt, prompt_token_ids, params)
+        request = _Request(request_id, next(self._serials), prompt, prompt_token_ids, params)
         for i in range(params.n):
             sequence = OutputSequence(i, prompt_token_ids, params, self._tokenizer, frozenset(eos))
             request.sequences.append(sequence)
@@ -90,6 +94,7 @@ class OutputProcessor:
                 cache_salt=cache_salt,
                 tenant=tenant,
                 priority=params.priority,
+                follows=follows or i > 0,
             )
             for i in range(params.n)
         ]
@@ -176,8 +181,16 @@ class OutputProcessor:
 
 
 class _Request:
-    def __init__(self, id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams):
+    def __init__(
+        self,
+        id: str,
+        serial: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+    ):
         self.id = id
+        self._serial = serial
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.kind = params.output_kind
@@ -188,7 +201,7 @@ class _Request:
         self._told: set[int] = set()  # sequences whose end a delta has carried
 
     def core_id(self, index: int) -> str:
-        return f"{self.id}#{index}"
+        return f"{self.id}#{self._serial}.{index}"
 
     def fail(self, error: str, code: ErrorCode | None = None) -> None:
         self.error, self.error_code = error, code

@@ -380,6 +380,26 @@ def test_a_full_queue_refuses():
     engine.run(limits)
 
 
+def test_a_request_is_let_in_whole():
+    engine = ToyEngine(100, 4, max_num_seqs=2, policy=Policy(max_queued=0))
+    engine.add([1], 4)
+    for _ in range(5):
+        engine.add([1], 4, follows=True)
+    with pytest.raises(QueueFull):
+        engine.add([1], 4)
+    engine.run(Limits(2, 16))
+
+
+def test_a_flood_fills_its_own_line():
+    engine = ToyEngine(100, 4, max_num_seqs=1, policy=Policy(max_queued=2))
+    for _ in range(3):
+        engine.add([1], 4, tenant="flood")
+    with pytest.raises(QueueFull):
+        engine.add([1], 4, tenant="flood")
+    engine.add([1], 4, tenant="other")
+    engine.run(Limits(1, 16))
+
+
 def test_free_slots_are_no_queue_places_when_the_pool_is_full():
     engine = ToyEngine(5, 4, max_num_seqs=4, policy=Policy(max_queued=1))
     limits = Limits(4, 16)

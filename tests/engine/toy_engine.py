@@ -108,6 +108,7 @@ class ToyEngine:
         tenant: str = "",
         priority: int = 0,
         now: float = 0.0,
+        follows: bool = False,
     ) -> Request:
         spec = CoreRequest(
             id=str(len(self.requests)),
@@ -117,6 +118,7 @@ class ToyEngine:
             cache_salt=salt,
             tenant=tenant,
             priority=priority,
+            follows=follows,
         )
         self.requests.append(self.scheduler.add(spec, now))
         return self.requests[-1]

@@ -10,7 +10,11 @@ from jaxserve.config import ServerConfig
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.replica import ThreadReplica
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.app import build_app
+from jaxserve.server.endpoint import Caller
+from jaxserve.server.errors import ApiError
+from jaxserve.server.openai.generation import Generation
 from jaxserve.server.state import ServerState
 
 from .fake_core import FakeCore
@@ -87,14 +91,17 @@ def test_a_full_queue_is_a_503_and_harms_nobody(model_dir, stream):
         assert answer.json()["error"]["code"] == "queue_full"
 
 
-def test_a_refused_sequence_takes_its_request_with_it(model_dir):
+def test_a_request_of_many_sequences_is_let_in_whole_or_not_at_all(model_dir):
     async def use(client):
-        refused = await completion(client, n=6, temperature=1)
-        return refused, await completion(client, n=5, temperature=1)
+        alone = [await completion(client, n=8, temperature=1), await completion(client, prompt=["Hello"] * 8)]
+        first = asyncio.create_task(completion(client, max_tokens=400, n=6, temperature=1))
+        while b"waiting 4" not in (await client.get("/metrics")).content.replace(b'{replica="0"}', b""):
+            await asyncio.sleep(0.01)
+        return [*alone, await completion(client, n=2, temperature=1), await first]
 
-    refused, served = serve(use, EngineCore, model=str(model_dir), max_num_queued_reqs=3, **SMALL)
-    assert refused.status_code == 503
-    assert served.status_code == 200 and len(served.json()["choices"]) == 5
+    answers = serve(use, EngineCore, model=str(model_dir), max_num_queued_reqs=3, **SMALL)
+    assert [answer.status_code for answer in answers] == [200, 200, 503, 200]
+    assert [len(answer.json().get("choices", ())) for answer in answers] == [8, 8, 0, 6]
 
 
 class SlowCore(FakeCore):
@@ -120,3 +127,20 @@ def test_a_request_that_takes_too_long_is_a_504(model_dir, tmp_path, monkeypatch
     assert len(events) > 2 and events[-1]["error"]["code"] == "request_timeout"
     begun_and_ended = [line.split()[0] for line in journal.read_text().splitlines()]
     assert begun_and_ended.count("add") == begun_and_ended.count("end") == 3
+
+
+def test_time_runs_out_though_more_is_there_already(model_dir):
+    """A client that reads slowly: tokens wait for it, and so never for the clock."""
+
+    async def run():
+        config = ServerConfig(model=str(model_dir), request_timeout=0.3)
+        async with AsyncEngine(config, replicas=[ThreadReplica(0, FakeCore)]) as engine:
+            state = ServerState(config, engine)
+            params = SamplingParams(max_tokens=400, ignore_eos=True, output_kind="delta")
+            caller = Caller("id", "", asyncio.get_running_loop().time())
+            generation = Generation(state, [[70, 71]], "", caller, params, {})
+            async for _ in generation.outputs():
+                await asyncio.sleep(0.05)
+
+    with pytest.raises(ApiError, match=r"longer than the 0\.3 s"):
+        asyncio.run(run())

@@ -48,11 +48,15 @@ class Scripted:
         self.say(hello)
         self.say(Status(state="ready"))
 
-    def tokens(self, id, *token_ids, finish_reason=None):
+    def tokens(self, name, *token_ids, finish_reason=None):
+        """Give the last request of that name tokens."""
+        sent = [message.id for message in self.sent if isinstance(message, CoreRequest)]
+        id = [id for id in sent if id.startswith(f"{name}#")][-1]
         self.say(Outputs([CoreOutput(id=id, token_ids=list(token_ids), finish_reason=finish_reason)]))
 
     def of(self, kind):
-        return [message.id for message in self.sent if isinstance(message, kind)]
+        """The names of the requests that messages of this kind are about."""
+        return [message.id.partition("#")[0] for message in self.sent if isinstance(message, kind)]
 
 
 def scripted(model_dir, main, replicas=1, **options):
@@ -178,8 +182,8 @@ def test_requests_without_output_are_run_again_and_others_fail(model_dir):
             await begin(engine, name, params)
             for name, params in (("streamed", DELTA), ("fresh", DELTA), ("final", FINAL))
         ]
-        core.tokens("streamed#0", 72)
-        core.tokens("final#0", 72)
+        core.tokens("streamed", 72)
+        core.tokens("final", 72)
         core.say(Died("killed", for_good=False))
         with pytest.raises(EngineDied, match="the engine died: killed"):
             await streamed
@@ -190,9 +194,9 @@ def test_requests_without_output_are_run_again_and_others_fail(model_dir):
         core.sent.clear()
         core.ready()
         await settle()
-        assert core.of(CoreRequest) == ["fresh#0", "final#0"]
-        core.tokens("final#0", 73, 74, 75, 76, finish_reason="length")
-        core.tokens("fresh#0", 75, finish_reason="length")
+        assert core.of(CoreRequest) == ["fresh", "final"]
+        core.tokens("final", 73, 74, 75, 76, finish_reason="length")
+        core.tokens("fresh", 75, finish_reason="length")
         assert [output.outputs[0].token_ids for output in await final] == [[73, 74, 75, 76]]
         assert [output.outputs[0].token_ids for output in await fresh] == [[75]]
 
@@ -206,7 +210,7 @@ def test_a_request_is_run_again_once(model_dir):
             core.say(Died("killed", for_good=False))
             core.ready()
             await settle()
-        assert core.of(CoreRequest) == ["a#0", "a#0"]
+        assert core.of(CoreRequest) == ["a", "a"]
         with pytest.raises(EngineDied, match="killed"):
             await request
 
@@ -240,9 +244,9 @@ def test_a_waiting_request_can_be_aborted_in_both_ways(model_dir):
         await settle()
         assert core.sent == [] and not engine._waiting
         again = await begin(engine, "aborted")
-        assert core.of(CoreRequest) == ["aborted#0"]
+        assert core.of(CoreRequest) == ["aborted"]
         await engine.abort("aborted")
-        assert core.of(Abort) == ["aborted#0"] and await again == []
+        assert core.of(Abort) == ["aborted"] and await again == []
 
     scripted(model_dir, main, retry_on_restart=True)
 

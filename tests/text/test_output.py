@@ -43,7 +43,7 @@ class TestAdd:
             n=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=3, logprobs=2, stop_token_ids=[9, EOS]
         )
         first, second = processor(tok).add("a", "x", [5, 6], params)
-        assert (first.id, second.id) == ("a#0", "a#1")
+        assert (first.id, second.id) == ("a#0.0", "a#0.1")
         assert (first.sample_index, second.sample_index) == (0, 1)
         assert first.prompt == [5, 6]
         assert first.max_tokens == 16
@@ -194,7 +194,7 @@ class TestStop:
         assert kept == ids[: len(kept)]
         assert "k br" in tok.decode(kept)
         assert "k br" not in tok.decode(kept[:-1])
-        assert aborts == [Abort("r#0", keep=len(kept))]
+        assert aborts == [Abort("r#0.0", keep=len(kept))]
         assert len(proc) == 0
 
     @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -280,22 +280,23 @@ class TestEnds:
     def test_abort(self, tok):
         proc = processor(tok)
         proc.add("r", None, [5], SamplingParams(n=3))
-        proc.process([CoreOutput(id="r#1", token_ids=[200], finish_reason="length")])
-        assert proc.abort("r") == [Abort("r#0"), Abort("r#2")]
+        proc.process([CoreOutput(id="r#0.1", token_ids=[200], finish_reason="length")])
+        assert proc.abort("r") == [Abort("r#0.0"), Abort("r#0.2")]
         assert proc.abort("r") == []
-        assert proc.process([CoreOutput(id="r#0", token_ids=[200])]) == ([], [])
+        assert proc.process([CoreOutput(id="r#0.0", token_ids=[200])]) == ([], [])
         assert len(proc) == 0
-        assert proc.add("r", None, [5], SamplingParams())  # the name is free again
+        [again] = proc.add("r", None, [5], SamplingParams())  # the name is free again
+        assert again.id not in ("r#0.0", "r#0.1", "r#0.2")  # but not for what is still on its way
 
     def test_an_error_fails_the_whole_request(self, tok):
         proc = processor(tok)
         proc.add("r", None, [5], SamplingParams(n=2, output_kind="delta"))
-        failed = CoreOutput(id="r#0", finish_reason="error", error="out of luck")
-        [output], aborts = proc.process([failed, CoreOutput(id="r#1", token_ids=[200])])
+        failed = CoreOutput(id="r#0.0", finish_reason="error", error="out of luck")
+        [output], aborts = proc.process([failed, CoreOutput(id="r#0.1", token_ids=[200])])
         assert output.error == "out of luck"
         assert output.finished
         assert [o.finish_reason for o in output.outputs] == ["error", "error"]
-        assert aborts == [Abort("r#1")]
+        assert aborts == [Abort("r#0.1")]
         assert len(proc) == 0
 
     @pytest.mark.parametrize("kind", ["delta", "cumulative", "final"])

@@ -56,7 +56,7 @@ class Invariants:
 
     def added(self, request: Request) -> None:
         limit = self._scheduler.policy.max_queued
-        waited = self._waiting.total()
+        waited = self._in_line(request.spec.tenant)
         if limit is not None and waited >= limit + self._limits.seqs - len(self._running):
             raise Violation("queue limit", f"request {request.id} is queued beside {waited} others")
         tokens = len(request.spec.prompt) + request.spec.max_tokens
@@ -64,10 +64,14 @@ class Invariants:
         self._silent = 0
         self._wait(request)
 
-    def refused(self) -> None:
-        limit = self._scheduler.policy.max_queued
-        if limit is None or self._waiting.total() < limit:
-            raise Violation("queue limit", f"refused while {self._waiting.total()} wait")
+    def refused(self, tenant: str) -> None:
+        limit, waited = self._scheduler.policy.max_queued, self._in_line(tenant)
+        if limit is None or waited < limit:
+            raise Violation("queue limit", f"refused while {waited} wait")
+
+    def _in_line(self, tenant: str) -> int:
+        """How many wait in the line that a request of the tenant joins."""
+        return self._waiting[tenant] if self._scheduler.policy.fair_share else self._waiting.total()
 
     def too_long(self, tokens: int) -> None:
         if self._scheduler.pool.blocks_for(tokens - 1) <= self._scheduler.pool.capacity:

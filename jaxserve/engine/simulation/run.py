@@ -185,7 +185,7 @@ class Simulation:
             request = self.scheduler.add(spec, self.now)
         except QueueFull:
             visit.outcome = "queue_full"
-            self._invariants.refused()
+            self._invariants.refused(arrival.tenant)
         except ValueError:
             visit.outcome = "too_long"
             self._invariants.too_long(len(spec.prompt) + spec.max_tokens)

@@ -64,7 +64,10 @@ class Generation:
                     yield i, output
 
     async def _in_time(self, item: Awaitable[T]) -> T:
+        late = self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
         try:
+            if late:  # an item that is there already would not wait for the clock
+                raise TimeoutError
             async with asyncio.timeout_at(self._deadline):
                 return await item
         except TimeoutError:
@@ -76,7 +79,8 @@ class Generation:
         with renamed(written):
             kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
             prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
-            async with aclosing(self._engine.generate(prompt, self._params, tenant=self._tenant)) as outputs:
+            run = self._engine.generate(prompt, self._params, tenant=self._tenant, follows=i > 0)
+            async with aclosing(run) as outputs:
                 async for output in outputs:
                     yield output
 
