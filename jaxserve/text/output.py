@@ -56,8 +56,8 @@ class OutputProcessor:
         tenant: str = "",
         follows: bool = False,
     ) -> list[CoreRequest]:
-        """The core requests, with ids of their own: a token of an aborted one may still be on its way when its
-        id is used again.
+        """The core requests, with ids of their own: a token of an aborted one may still be on its way when
+        its id is used again.
 
         Raises InvalidRequest for what the model, its context or its pool cannot take.
         """
