@@ -56,7 +56,8 @@ class Bench:
         """Start a server, do the scenario to it and stop it; whether something was wrong."""
         args = self._args
         few = ["--max-num-seqs", str(SLOTS)]
-        many = ["--max-num-seqs", str(args.streams)]
+        # how long 50 streams take is the machine's affair
+        many = ["--max-num-seqs", str(args.streams), "--shutdown-timeout", "600"]
         table: dict[str, tuple[list[str], Callable[[Target], Awaitable[Findings]]]] = {
             "fuzz": (few, lambda t: scenarios.fuzz(t, args.requests, args.seed, args.only)),
             "disconnect": (few, lambda t: scenarios.disconnect(t, args.clients, args.seed)),
@@ -78,7 +79,7 @@ class Bench:
             begin = time.monotonic()
             figures, wrong = await scenario(server.target)
             seconds = time.monotonic() - begin
-            status = server.wait() if name == "drain" else server.stop()
+            status = server.wait(600) if name == "drain" else server.stop()
         finally:
             server.process.kill()
         if status != 0:

@@ -284,7 +284,7 @@ async def overload(target: Target, slots: int, seconds: float = 60.0, max_tokens
     return Findings(figures | {"places out of turn": displaced} | watched.figures(), wrong)
 
 
-async def flood(target: Target, slots: int, seconds: float = 60.0, max_tokens: int = 100) -> Findings:
+async def flood(target: Target, slots: int, seconds: float = 60.0, max_tokens: int = 400) -> Findings:
     """Requests at ten times the rate the server can answer, whatever it does; its queue is bounded."""
     outcomes: list[Outcome] = []
 
