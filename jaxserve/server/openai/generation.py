@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ class Generation:
         runs = [self._run(i) for i in range(len(self._prompts))]
         with self._watch:
             async with aclosing(_merge(runs)) as merged:
-                while item := await self._in_time(anext(merged, None)):
+                while item := await self._next_in_time(merged):
                     i, output = item
                     if output.error_code == "queue_full":
                         raise unavailable(f"the server is busy: {output.error}", "queue_full")
@@ -63,13 +63,14 @@ class Generation:
                     self._watch.saw(i, output)
                     yield i, output
 
-    async def _in_time(self, item: Awaitable[T]) -> T:
+    async def _next_in_time(self, items: AsyncIterator[T]) -> T | None:
+        """None after the last one. Raises a 504 when time is up."""
         late = self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
         try:
             if late:  # an item that is there already would not wait for the clock
                 raise TimeoutError
             async with asyncio.timeout_at(self._deadline):
-                return await item
+                return await anext(items, None)
         except TimeoutError:
             told = f"the request took longer than the {self._timeout:g} s that this server gives it"
             raise ApiError(504, told, code="request_timeout") from None
