@@ -6,13 +6,19 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NoReturn
 
 from jaxserve import aliases
 from jaxserve.cli.config_file import read_config
 from jaxserve.options import Config, Option, build, describe
 
-SHORT = {"tensor_parallel_size": ["-tp"], "data_parallel_size": ["-dp"]}
+SHORT = {
+    "tensor_parallel_size": ["-tp"],
+    "data_parallel_size": ["-dp"],
+    "max_concurrency": ["--concurrency"],
+    "dataset_path": ["--dataset"],
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +93,8 @@ def _add(group: Any, name: str, option: Option, about: str) -> None:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **shown)
     elif option.many:
         name = option.name.upper()
-        group.add_argument(*flags, action=_Extend, nargs="+", type=_items, metavar=name, **shown)
+        items = partial(_items, option.type)
+        group.add_argument(*flags, action=_Extend, nargs="+", type=items, metavar=name, **shown)
     elif option.choices:
         extra = aliases.VALUES.get(option.name, {})
         metavar = "{" + ",".join(option.choices) + "}"
@@ -105,16 +112,22 @@ class _Extend(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *items])
 
 
-def _items(text: str) -> list[str]:
+_PLURAL = {str: "strings", int: "whole numbers", float: "numbers"}
+
+
+def _items(kind: type, text: str) -> list[Any]:
     """`a,b` or, as vLLM has it, a JSON list."""
     if not text.startswith("["):
-        return [item for item in text.split(",") if item]
+        try:
+            return [kind(item) for item in text.split(",") if item]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} must hold {_PLURAL[kind]} only") from None
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text} is not a JSON list: {error}") from None
-    if not all(isinstance(item, str) for item in items):
-        raise argparse.ArgumentTypeError(f"{text} must hold strings only")
+    if not all(isinstance(item, kind) for item in items):
+        raise argparse.ArgumentTypeError(f"{text} must hold {_PLURAL[kind]} only")
     return items
 
 

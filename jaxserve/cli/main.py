@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "say what a model takes on a device and what then fits, before anything is loaded",
     "pull": "fetch a model",
     "models": "list the models that are here",
+    "bench": "measure an engine or any OpenAI-compatible server, and compare results",
     "doctor": "say what device, driver, kernels and caches there are, and what is wrong",
 }
 

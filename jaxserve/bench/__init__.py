@@ -1,0 +1,1 @@
+"""`jaxserve bench`: measures an engine in this process, or any OpenAI-compatible server."""
