@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from jaxserve.engine.plan import Plan, plan_of
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.sampling import Sampled, Variant
 from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler, policy_of
-from jaxserve.engine.stats import StepStats
+from jaxserve.engine.stats import StepRecord, StepStats
 from jaxserve.errors import EngineDied, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
@@ -190,6 +191,10 @@ class EngineCore:
             "compile_cache_hits": self._compiles.cache_hits,
             "compile_cache_misses": self._compiles.cache_misses,
         }
+
+    def record_steps(self, record: Callable[[StepRecord], None]) -> None:
+        """From now on, call `record` with every step that is done."""
+        self._step_stats.record = record
 
     def plan(self) -> Plan:
         """What the engine takes and holds."""

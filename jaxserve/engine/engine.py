@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.messages import Abort
 from jaxserve.engine.plan import Plan
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
-from jaxserve.engine.stats import add_up
+from jaxserve.engine.stats import StepRecord, add_up
 from jaxserve.engine.text_side import load_text_side
 from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
 from jaxserve.loading.hub import resolve
@@ -135,6 +135,11 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start, added up over the replicas."""
         return add_up(core.stats() for core in self._cores)
+
+    def record_steps(self, record: Callable[[StepRecord], None]) -> None:
+        """From now on, call `record` with every step that is done, of any replica."""
+        for core in self._cores:
+            core.record_steps(record)
 
     def plan(self) -> Plan:
         """What a replica takes on its devices and holds: known shapes, and the compiler's analysis of the

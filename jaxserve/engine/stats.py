@@ -2,9 +2,9 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 SAME = "block_size"
 """No sum: it is the same for all."""
@@ -35,6 +35,15 @@ class Histogram:
         return {**dict(zip(names, accumulate(self._counts), strict=True)), "sum": self._sum}
 
 
+class StepRecord(NamedTuple):
+    """A step that is done. Times in seconds of `time.monotonic()`."""
+
+    program: str
+    tokens: int
+    began: float
+    ended: float
+
+
 class StepStats:
     """What the steps of a core took, and how long its device had none. Times are those of one clock."""
 
@@ -46,6 +55,8 @@ class StepStats:
         self._ended = 0.0
         self._idle = 0.0
         self._idle_since: float | None = None
+        self.record: Callable[[StepRecord], None] | None = None
+        """Gets every step, if anyone wants them."""
 
     def dispatched(self, now: float) -> None:
         """The device has a step."""
@@ -61,8 +72,11 @@ class StepStats:
         """A step is done that was dispatched then; it began when the one before it ended, at the earliest."""
         self._programs[program] += 1
         self._tokens.observe(tokens)
-        self._seconds.observe(now - max(dispatched, self._ended))
+        began = max(dispatched, self._ended)
+        self._seconds.observe(now - began)
         self._ended = now
+        if self.record:
+            self.record(StepRecord(program, tokens, began, now))
 
     def gaps(self, seconds: Iterable[float]) -> None:
         """The times since each sequence's token before; most of one step are the same."""

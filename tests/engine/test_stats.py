@@ -64,3 +64,21 @@ def test_who_has_to_wait_is_scheduled_after_the_one_before_it_has_ended(make_eng
     steps = after["steps"] - before["steps"]
     assert steps == sum(after["program_steps"].values()) - sum(before["program_steps"].values())
     assert after["device_idle_seconds"] > before["device_idle_seconds"]  # nothing can overlap the last token
+
+
+def test_whoever_asks_gets_every_step():
+    stats = StepStats()
+    stats.finished("decode[1]", 1, dispatched=1.0, now=2.0)
+    steps = []
+    stats.record = steps.append
+    stats.finished("decode[4]", 3, dispatched=1.5, now=3.0)
+    assert steps == [("decode[4]", 3, 2.0, 3.0)]
+
+
+def test_the_steps_of_an_engine_can_be_recorded(make_engine):
+    engine = make_engine()
+    steps = []
+    engine.record_steps(steps.append)
+    engine.generate([[7, 8, 9]], SamplingParams(max_tokens=4, ignore_eos=True), use_progress=False)
+    assert [step.tokens for step in steps[:4]] == [3, 1, 1, 1]
+    assert all(step.began < step.ended for step in steps)
