@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxserve.config import EngineConfig, parse_mesh
-from jaxserve.engine.lane import Job, Lane
+from jaxserve.engine.lane import Job, Lane, Sink
 from jaxserve.engine.messages import FromCore, Hello, ResetPrefixCache
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
@@ -146,24 +146,50 @@ class AsyncEngine:
         request, is let in by a full queue. Raises `InvalidRequest` before the first
         output, `EngineDied` at any time.
         """
-        await self.start()
-        content, cache_salt = parse_prompt(prompt)
-        text, ids = await self._encode(content)
-        request_id = request_id or uuid.uuid4().hex
-        if self._job(request_id):
-            raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
-        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant, follows)
+        items: asyncio.Queue[RequestOutput | JaxserveError | None] = asyncio.Queue()
+        job = await self.submit(prompt, items.put_nowait, params, request_id, tenant, follows)
         try:
-            self._choose_lane().add(job)
-            while (item := await job.stream.get()) is not None:
+            while (item := await items.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
                 if item.finished:
                     return
         finally:
-            if self._job(request_id) is job:  # and not the next one of this id
-                self._forget(request_id)
+            self.end(job)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sink: Sink,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        tenant: str = "",
+        follows: bool = False,
+    ) -> Job:
+        """`generate` without an iterator between: `sink` is called with each output, in the turn of the event
+        loop that brings it, or with the error that ends the request. Raises `InvalidRequest`, `EngineDied`.
+
+        Whoever gives up on the request before its end must `end` it.
+        """
+        await self.start()
+        content, cache_salt = parse_prompt(prompt)
+        text, ids = await self._encode(content)
+        request_id = request_id or uuid.uuid4().hex
+        if self._job(request_id):
+            raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
+        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant, follows, sink)
+        try:
+            self._choose_lane().add(job)
+        except BaseException:
+            self.end(job)
+            raise
+        return job
+
+    def end(self, job: Job) -> None:
+        """Nothing more comes of the request; what runs of it is aborted. Requests that have ended are ignored."""
+        if self._job(job.request_id) is job:  # and not the next one of this id
+            self._forget(job.request_id)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids; the event loop goes on while those of a long one are found.
@@ -182,7 +208,7 @@ class AsyncEngine:
         """End a request now; its iterator ends. Unknown ids are ignored."""
         if job := self._job(request_id):
             self._forget(request_id)
-            job.stream.put_nowait(None)
+            job.sink(None)
 
     async def stats(self) -> dict[str, Any]:
         """The counters of `Engine.stats()`, added up over the replicas that are ready; empty when none is."""
@@ -292,7 +318,7 @@ class AsyncEngine:
                 try:
                     self._choose_lane().add(job)
                 except JaxserveError as error:
-                    job.stream.put_nowait(error)
+                    job.sink(error)
 
     async def _watch(self) -> None:
         """Have replicas killed that hang."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.engine.messages import FromCore, Hello, Outputs, Stats, StatsRequest, Status
@@ -14,8 +14,9 @@ from jaxserve.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from jaxserve.text.output import OutputProcessor
 
-Stream = asyncio.Queue[RequestOutput | JaxserveError | None]
-"""What one request's iterator yields; None: it was aborted."""
+Sink = Callable[[RequestOutput | JaxserveError | None], None]
+"""Takes what comes of one request; None: it was aborted. It is called for all outputs of a step in one turn
+of the event loop, and must neither raise nor end a request."""
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Job:
     tenant: str
     follows: bool
     """Part of a larger request of which something came before it."""
-    stream: Stream = field(default_factory=asyncio.Queue)
+    sink: Sink
     fresh: bool = True
     """Nothing of it has been handed out, and it was in no core that died."""
 
@@ -147,7 +148,7 @@ class Lane:
         jobs, self.jobs = self.jobs, {}
         for job in jobs.values():
             if not self._take_back(job):
-                job.stream.put_nowait(EngineDied(reason))
+                job.sink(EngineDied(reason))
         for reply in self._pending():
             reply.set_exception(EngineDied(reason))
 
@@ -163,8 +164,8 @@ class Lane:
             job = self.jobs.get(output.request_id)
             if job is not None:
                 job.fresh = False
-                job.stream.put_nowait(output)
                 if output.finished:
                     del self.jobs[output.request_id]
+                job.sink(output)
         for abort in aborts:
             self.replica.send(abort)

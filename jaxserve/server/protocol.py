@@ -6,6 +6,7 @@ plain text, and forgets the request that is being answered when the connection e
 
 import asyncio
 import socket
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -19,6 +20,10 @@ PATIENCE = 30.0
 SLOWEST = 64 * 2**10
 STUCK = 60.0
 """Seconds after which a client that takes nothing of its answer is gone."""
+
+WRITE = "jaxserve.write"
+"""In a scope's extensions, a function that sends a part of the body that has begun, at once and past the
+layers of the application; False, and nothing sent, where the client does not keep up or is gone."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -71,6 +76,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head = None
         super().on_headers_complete()
+        if self.cycle is not None:  # the one begun now
+            self.cycle.scope.setdefault("extensions", {})[WRITE] = partial(_write, self.cycle)
 
     def on_chunk_header(self) -> None:
         """Part of a body comes now, or, after the last, headers again."""
@@ -141,3 +148,10 @@ class HttpProtocol(HttpToolsProtocol):
             head = "content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + (head % len(body)).encode() + body)
         self.transport.close()
+
+
+def _write(cycle: RequestResponseCycle, data: bytes) -> bool:
+    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True

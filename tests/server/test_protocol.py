@@ -247,3 +247,32 @@ def test_a_client_that_takes_nothing_of_its_answer_is_gone(monkeypatch, eventual
             assert ended.wait(30)
     finally:
         web.close()
+
+
+def test_parts_of_a_body_go_out_at_once_until_the_client_does_not_keep_up():
+    ended = threading.Event()
+    taken = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        write = scope["extensions"][protocol.WRITE]
+        while write(b"x" * 50_000):
+            taken.append(50_000)
+        ended.set()
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+        assert not write(b"more")
+
+    web = Web(app)
+    try:
+        with web.connect() as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert ended.wait(30)
+            received = read(sock)
+    finally:
+        web.close()
+    assert taken
+    assert received.partition(b"\r\n\r\n")[2] == chunked([b"x" * n for n in taken] + [b"end", b""])
+
+
+def chunked(parts: list[bytes]) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)

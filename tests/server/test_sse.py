@@ -4,18 +4,19 @@ import pytest
 
 from jaxserve.errors import EngineDied, InvalidRequest
 from jaxserve.server import sse
+from jaxserve.server.protocol import WRITE
 
 
-def send_all(events):
-    """What an EventStream of `events` sends, as one text."""
+def send_all(produce, scope=None):
+    """What an EventStream of `produce` sends, as one text."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
     async def main():
-        response = await sse.event_stream(events)
-        await response({}, None, send)
+        response = await sse.event_stream(produce)
+        await response(scope or {}, None, send)
 
     asyncio.run(main())
     assert [m["type"] for m in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
@@ -23,10 +24,12 @@ def send_all(events):
     return b"".join(m["body"] for m in sent[1:]).decode()
 
 
-async def quiet_then(seconds, *events):
-    await asyncio.sleep(seconds)
-    for event in events:
-        yield event
+def quiet_then(seconds, *events):
+    async def produce(stream):
+        await asyncio.sleep(seconds)
+        stream.write(*events)
+
+    return produce
 
 
 def test_events_end_with_done():
@@ -37,35 +40,46 @@ def test_comments_while_it_is_quiet(monkeypatch):
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.05)
     comments, _, rest = send_all(quiet_then(0.5, b"1")).partition("data: ")
     assert rest == "1\n\ndata: [DONE]\n\n"
-    assert comments and set(comments.split("\n\n")) == {": keep-alive", ""}
+    assert len(comments.split("\n\n")) > 2 and set(comments.split("\n\n")) == {": keep-alive", ""}
+
+
+def test_no_comments_beside_events_that_take_the_short_way(monkeypatch):
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.3)
+
+    async def produce(stream):
+        for _ in range(30):
+            stream.write(b"1")
+            await asyncio.sleep(0.02)
+
+    scope = {"extensions": {WRITE: lambda data: True}}
+    assert send_all(produce, scope) == "data: 1\n\ndata: [DONE]\n\n"
 
 
 def test_an_error_before_the_first_event_is_raised():
-    async def events():
+    async def produce(stream):
         raise InvalidRequest("no", "prompt")
-        yield b""
 
     with pytest.raises(InvalidRequest):
-        send_all(events())
+        send_all(produce)
 
 
 def test_an_error_later_is_an_event():
-    async def events():
-        yield b"1"
+    async def produce(stream):
+        stream.write(b"1")
         raise EngineDied("gone")
 
-    first, error, done, _ = send_all(events()).split("\n\n")
+    first, error, done, _ = send_all(produce).split("\n\n")
     assert (first, done) == ("data: 1", "data: [DONE]")
     assert error.startswith('data: {"error":{"message":"gone"')
 
 
-def test_events_are_closed_when_the_client_goes_away():
+def test_the_work_is_cancelled_when_the_client_goes_away():
     closed = []
 
-    async def events():
+    async def produce(stream):
         try:
             while True:
-                yield b"1"
+                stream.write(b"1")
                 await asyncio.sleep(0)
         finally:
             closed.append(True)
@@ -78,7 +92,7 @@ def test_events_are_closed_when_the_client_goes_away():
                 await asyncio.sleep(60)
 
         received = []
-        response = await sse.event_stream(events())
+        response = await sse.event_stream(produce)
         task = asyncio.create_task(response({}, None, send))
         while len(received) < 5:
             await asyncio.sleep(0)
@@ -87,3 +101,58 @@ def test_events_are_closed_when_the_client_goes_away():
 
     asyncio.run(main())
     assert closed == [True]
+
+
+def test_order_whichever_way_events_take():
+    """A connection that now keeps up and now does not, while what was held is on its way."""
+    keeps_up, out = [True], []
+
+    def write_now(data):
+        if keeps_up[0]:
+            out.append(data)
+        return keeps_up[0]
+
+    async def send(message):
+        await asyncio.sleep(0.001)
+        out.append(message.get("body", b""))
+
+    async def produce(stream):
+        for i in range(200):
+            keeps_up[0] = i % 20 < 10
+            stream.write(b"%d" % i)
+            if i % 3:
+                await asyncio.sleep(0.0005 * (i % 5))
+
+    async def main():
+        response = await sse.event_stream(produce)
+        await response({"extensions": {WRITE: write_now}}, None, send)
+
+    asyncio.run(main())
+    numbers = [*range(200)]
+    assert b"".join(out) == b"".join(b"data: %d\n\n" % i for i in numbers) + b"data: [DONE]\n\n"
+    assert any(data.count(b"\n\n") > 1 for data in out), "some were held and sent together"
+
+
+def test_one_write_for_all_that_one_step_gives_and_no_task_for_it():
+    """Events of a stream under way reach the connection in the turn in which they are written."""
+    out, turns = [], []
+
+    def write_now(data):
+        out.append(data)
+        return True
+
+    async def send(message):
+        pass
+
+    async def produce(stream):
+        stream.write(b"1")
+        await stream.taken()
+        stream.write(b"2", b"3")
+        turns.append(list(out))
+
+    async def main():
+        response = await sse.event_stream(produce)
+        await response({"extensions": {WRITE: write_now}}, None, send)
+
+    asyncio.run(main())
+    assert turns == [[b"data: 2\n\ndata: 3\n\n"]]

@@ -97,7 +97,7 @@ async def begin(engine, name, params=FINAL):
 
 def test_time_without_progress_or_a_sign_of_life_is_counted():
     def job(name):
-        return Job(name, None, [1], DELTA, "", "", False)
+        return Job(name, None, [1], DELTA, "", "", False, lambda item: None)
 
     lane = Lane(Scripted(), lambda hello: OutputProcessor(None, (), hello.max_model_len))
     lane.handle(HELLO)

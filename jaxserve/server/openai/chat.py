@@ -1,8 +1,6 @@
 """`POST /v1/chat/completions`."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -10,6 +8,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequest
+from jaxserve.outputs import RequestOutput
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs
@@ -20,11 +19,12 @@ from jaxserve.server.openai.responses import (
     ChatCompletion,
     ChatMessage,
     ChunkChoice,
+    ChunkEncoder,
     Delta,
     Usage,
     json_response,
 )
-from jaxserve.server.sse import event_stream
+from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     written = request.written | {"prompt": "messages"}
     generation = Generation(state, [prompt], cache_salt, caller, params, written)
     reply = _Reply(f"chatcmpl-{caller.request_id}", model, request, tokenizer, generation)
-    return await event_stream(reply.chunks()) if request.stream else await reply.whole()
+    return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
 async def _render(tokenizer: Tokenizer, request: ChatRequest) -> str:
@@ -71,18 +71,20 @@ class _Reply:
         self._top = request.top_logprobs or 0
 
     async def whole(self) -> Response:
-        choices = []
-        async with aclosing(self._generation.outputs()) as outputs:
-            async for _, output in outputs:
-                choices += [
-                    ChatChoice(
-                        sequence.index,
-                        ChatMessage(sequence.text),
-                        sequence.finish_reason,
-                        chat_logprobs(sequence, self._top, self._tokenizer),
-                    )
-                    for sequence in output.outputs
-                ]
+        choices: list[ChatChoice] = []
+
+        def show(_: int, output: RequestOutput) -> None:
+            choices.extend(
+                ChatChoice(
+                    sequence.index,
+                    ChatMessage(sequence.text),
+                    sequence.finish_reason,
+                    chat_logprobs(sequence, self._top, self._tokenizer),
+                )
+                for sequence in output.outputs
+            )
+
+        await self._generation.run(show)
         return json_response(
             ChatCompletion(
                 id=self._id,
@@ -93,28 +95,31 @@ class _Reply:
             )
         )
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        begun = set()
-        async with aclosing(self._generation.outputs()) as outputs:
-            async for _, output in outputs:
-                for sequence in output.outputs:
-                    if sequence.index not in begun:
-                        begun.add(sequence.index)
-                        yield self._chunk(ChunkChoice(sequence.index, Delta("assistant", "")))
-                    if sequence.text or sequence.logprobs:
-                        logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
-                        delta = Delta(content=sequence.text)
-                        yield self._chunk(ChunkChoice(sequence.index, delta, logprobs=logprobs))
-                    if sequence.finish_reason is not None:
-                        yield self._chunk(ChunkChoice(sequence.index, Delta(), sequence.finish_reason))
-        if self._request.include_usage:
-            yield self._chunk(usage=self._generation.usage)
+    async def stream(self, events: EventStream) -> None:
+        usage = self._generation.usage if self._request.continuous_usage else None
+        chunks = ChunkEncoder(self._chunk(usage))
+        begun: set[int] = set()
 
-    def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> bytes:
-        if self._request.continuous_usage:
-            usage = self._generation.usage
-        chunk = ChatChunk(
-            id=self._id, created=self._generation.created, model=self._model, choices=list(choices)
+        def show(_: int, output: RequestOutput) -> None:
+            choices = []
+            for sequence in output.outputs:
+                index = sequence.index
+                if index not in begun:
+                    begun.add(index)
+                    choices.append(ChunkChoice(index, Delta("assistant", "")))
+                if sequence.text or sequence.logprobs:
+                    logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
+                    choices.append(ChunkChoice(index, Delta(content=sequence.text), logprobs=logprobs))
+                if sequence.finish_reason is not None:
+                    choices.append(ChunkChoice(index, Delta(), sequence.finish_reason))
+            events.write(*map(chunks.encode, choices))
+
+        await self._generation.run(show, events.taken)
+        if self._request.include_usage:
+            events.write(msgspec.json.encode(self._chunk(self._generation.usage)))
+
+    def _chunk(self, usage: Usage | None) -> ChatChunk:
+        shown = usage if usage or self._request.include_usage else UNSET
+        return ChatChunk(
+            id=self._id, created=self._generation.created, model=self._model, choices=[], usage=shown
         )
-        chunk.usage = usage if usage or self._request.include_usage else UNSET
-        return msgspec.json.encode(chunk)

@@ -1,7 +1,5 @@
 """`POST /v1/completions`."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -14,8 +12,8 @@ from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
 from jaxserve.server.openai.requests import CompletionRequest, parse_completion
-from jaxserve.server.openai.responses import Completion, CompletionChoice, Usage, json_response
-from jaxserve.server.sse import event_stream
+from jaxserve.server.openai.responses import ChunkEncoder, Completion, CompletionChoice, Usage, json_response
+from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
 from jaxserve.text.detokenizer import new_detokenizer
 from jaxserve.text.tokenizer import Tokenizer
@@ -38,7 +36,7 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
     tokenizer = state.engine.tokenizer
     id = f"cmpl-{caller.request_id}"
     reply = _Reply(id, model, request, generation, tokenizer, params.skip_special_tokens)
-    return await event_stream(reply.chunks()) if request.stream else await reply.whole()
+    return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
 def _is_batch(prompt: str | list[Any]) -> bool:
@@ -88,22 +86,26 @@ class _Reply:
         self._offsets: dict[int, TextOffsets] = {}
 
     async def whole(self) -> Response:
-        choices = []
-        async with aclosing(self._generation.outputs()) as outputs:
-            async for i, output in outputs:
-                choices += [self._choice(i, output, sequence) for sequence in output.outputs]
+        choices: list[CompletionChoice] = []
+
+        def show(i: int, output: RequestOutput) -> None:
+            choices.extend(self._choice(i, output, sequence) for sequence in output.outputs)
+
+        await self._generation.run(show)
         choices.sort(key=lambda choice: choice.index)
         return json_response(self._completion(choices, self._generation.usage))
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
+    async def stream(self, events: EventStream) -> None:
         usage = self._generation.usage if self._request.continuous_usage else None
-        async with aclosing(self._generation.outputs()) as outputs:
-            async for i, output in outputs:
-                for sequence in output.outputs:
-                    choice = self._choice(i, output, sequence)
-                    yield msgspec.json.encode(self._completion([choice], usage))
+        chunks = ChunkEncoder(self._completion([], usage))
+
+        def show(i: int, output: RequestOutput) -> None:
+            choices = [self._choice(i, output, sequence) for sequence in output.outputs]
+            events.write(*map(chunks.encode, choices))
+
+        await self._generation.run(show, events.taken)
         if self._request.include_usage:
-            yield msgspec.json.encode(self._completion([], self._generation.usage))
+            events.write(msgspec.json.encode(self._completion([], self._generation.usage)))
 
     def _choice(self, prompt: int, output: RequestOutput, sequence: CompletionOutput) -> CompletionChoice:
         index = prompt * (self._request.n or 1) + sequence.index

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
+from jaxserve.engine.lane import Job, Sink
+from jaxserve.errors import JaxserveError
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.endpoint import Caller
@@ -14,7 +15,11 @@ from jaxserve.server.openai.requests import renamed
 from jaxserve.server.openai.responses import Usage
 from jaxserve.server.state import ServerState
 
-T = TypeVar("T")
+Show = Callable[[int, RequestOutput], None]
+"""Takes the number of a prompt and an output of it, at once: there is no task between it and the engine."""
+
+
+async def _nothing() -> None: ...
 
 
 class Generation:
@@ -43,79 +48,66 @@ class Generation:
         self._watch = state.outcomes.watch(caller.arrived, len(prompts), params)
         self._params = params
         self._written = written
+        self._begun: set[int] = set()
+        self._running = len(prompts)
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """(prompt's number, output) as they come. Closing it aborts what still runs."""
-        seen = set()
-        runs = [self._run(i) for i in range(len(self._prompts))]
+    async def run(self, show: Show, taken: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Show every output as it comes. `taken` waits until the client has what was shown.
+
+        The first error ends all and is raised; a 504 when time is up. Cancelling it aborts what still runs.
+        """
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        jobs = []
         with self._watch:
-            async with aclosing(_merge(runs)) as merged:
-                while item := await self._next_in_time(merged):
-                    i, output = item
-                    if output.error_code == "queue_full":
-                        raise unavailable(f"the server is busy: {output.error}", "queue_full")
-                    if output.error is not None:
-                        raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
-                    if i not in seen:
-                        seen.add(i)
-                        self.usage.count_prompt(output)
-                    self.usage.count_output(output)
-                    self._watch.saw(i, output)
-                    yield i, output
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    for i in range(len(self._prompts)):
+                        jobs.append(await self._submit(i, partial(self._take, show, ended, i)))
+                        if len(self._prompts) > 1:
+                            await asyncio.sleep(0)  # others have a turn between any two
+                    await ended
+                    await taken()
+            except TimeoutError:
+                told = f"the request took longer than the {self._timeout:g} s that this server gives it"
+                raise ApiError(504, told, code="request_timeout") from None
+            finally:
+                ended.cancel()
+                for job in jobs:
+                    self._engine.end(job)
 
-    async def _next_in_time(self, items: AsyncIterator[T]) -> T | None:
-        """None after the last one. Raises a 504 when time is up."""
-        late = self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
-        try:
-            if late:  # an item that is there already would not wait for the clock
-                raise TimeoutError
-            async with asyncio.timeout_at(self._deadline):
-                return await anext(items, None)
-        except TimeoutError:
-            told = f"the request took longer than the {self._timeout:g} s that this server gives it"
-            raise ApiError(504, told, code="request_timeout") from None
-
-    async def _run(self, i: int) -> AsyncGenerator[RequestOutput]:
+    async def _submit(self, i: int, sink: Sink) -> Job:
         written = self._written if len(self._prompts) == 1 else self._written | {"prompt": f"prompt[{i}]"}
+        kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
+        prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
         with renamed(written):
-            kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
-            prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
-            run = self._engine.generate(prompt, self._params, tenant=self._tenant, follows=i > 0)
-            async with aclosing(run) as outputs:
-                async for output in outputs:
-                    yield output
+            return await self._engine.submit(prompt, sink, self._params, tenant=self._tenant, follows=i > 0)
 
+    def _take(
+        self, show: Show, ended: asyncio.Future[None], i: int, item: RequestOutput | JaxserveError | None
+    ) -> None:
+        if ended.done():
+            return
+        try:
+            if not isinstance(item, RequestOutput):
+                raise item or ApiError(500, "the request was aborted", code="engine_error")
+            self._count(i, item)
+            show(i, item)
+        except Exception as error:
+            ended.set_exception(error)
+            ended.exception()  # it may come while prompts are still submitted
+            return
+        if item.finished:
+            self._running -= 1
+            if not self._running:
+                ended.set_result(None)
 
-async def _merge(runs: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of all runs as they come; the first error ends all."""
-    if len(runs) == 1:
-        async with aclosing(runs[0]) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
-    tasks = [asyncio.create_task(_drain(i, run, queue)) for i, run in enumerate(runs)]
-    try:
-        running = len(runs)
-        while running:
-            i, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield i, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _drain(i: int, run: AsyncGenerator[RequestOutput], queue: asyncio.Queue) -> None:
-    try:
-        async with aclosing(run) as outputs:
-            async for output in outputs:
-                queue.put_nowait((i, output))
-        queue.put_nowait((i, None))
-    except Exception as error:
-        queue.put_nowait((i, error))
+    def _count(self, i: int, output: RequestOutput) -> None:
+        if output.error_code == "queue_full":
+            raise unavailable(f"the server is busy: {output.error}", "queue_full")
+        if output.error is not None:
+            raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
+        if i not in self._begun:
+            self._begun.add(i)
+            self.usage.count_prompt(output)
+        self.usage.count_output(output)
+        self._watch.saw(i, output)

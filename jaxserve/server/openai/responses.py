@@ -122,5 +122,27 @@ class Completion(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class ChunkEncoder:
+    """The chunks of one stream as JSON, of one choice each. All else is encoded once, but for the usage."""
+
+    def __init__(self, chunk: ChatChunk | Completion):
+        """`chunk`: without choices."""
+        self._chunk = chunk
+        self._split()
+
+    def encode(self, choice: ChunkChoice | CompletionChoice) -> bytes:
+        if self._chunk.usage:  # it grows
+            self._split()
+        return b"%b[%b]%b" % (self._head, _encode(choice), self._tail)
+
+    def _split(self) -> None:
+        self._head, _, self._tail = _encode(self._chunk).partition(b'"choices":')
+        self._head += b'"choices":'
+        self._tail = self._tail.removeprefix(b"[]")
+
+
+_encode = msgspec.json.Encoder().encode
+
+
 def json_response(body: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
