@@ -187,7 +187,7 @@ class AsyncEngine:
         return job
 
     def end(self, job: Job) -> None:
-        """Nothing more comes of the request; what runs of it is aborted. Requests that have ended are ignored."""
+        """Nothing more comes of the request, and what runs of it is aborted. Ended ones are ignored."""
         if self._job(job.request_id) is job:  # and not the next one of this id
             self._forget(job.request_id)
 
