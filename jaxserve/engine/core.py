@@ -19,7 +19,7 @@ from jaxserve.engine import compilation
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
-from jaxserve.engine.kernels import choose_kernels, prepare_kernels
+from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
 from jaxserve.engine.model import LoadedModel
@@ -74,21 +74,20 @@ class EngineCore:
         dummy = config.load_format == "dummy"
         checkpoint = open_checkpoint(resolve(config.model), tensors=not dummy)
         dtype = weight_type(config.dtype, checkpoint.config, platform)
-        self.model = LoadedModel(checkpoint.config, mesh, dtype)
+        kernels = choose_kernels(config, mesh, dtype)
+        self.model = LoadedModel(checkpoint.config, mesh, dtype, kernels)
         self.budget = fit(config, self.model, memory)
         self.shapes = self.budget.shapes
         self.hello = _hello(self.budget)
-        prepare_kernels(config, mesh, dtype)
         if dummy:
             self.model.fill(config.seed)
         else:
             self.model.load(checkpoint)
         del checkpoint  # and with it the files that are mapped
         self.steps = 0
-        kernels = choose_kernels(config, mesh, dtype)
         smallest_decode = kernels.smallest_decode(platform)
         self._programs = Programs(
-            self.model, self.shapes, kernels, smallest_decode, self._compiles, config.deterministic
+            self.model, self.shapes, smallest_decode, self._compiles, config.deterministic
         )
         self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
         self._programs.start()

@@ -3,10 +3,8 @@
 import logging
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve import processor
 from jaxserve.config import EngineConfig
 from jaxserve.engine.devices import Platform, platform_of
 from jaxserve.errors import ConfigError
@@ -26,23 +24,22 @@ class Kernels(NamedTuple):
         return 1 if self.matmul == "cpu" else platform.smallest_decode
 
 
+PORTABLE = Kernels("xla", "xla")
+"""Those that run anywhere."""
+
+
 def cpu_kernels(dtype: Any) -> list[native.Kernel]:
     """All C++ kernels of an engine whose weights and KV are of this type."""
     return [native.Kernel.of(source, dtype) for source in (cpu_attention.SOURCE, cpu_matmul.SOURCE)]
-
-
-def prepare_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> None:
-    """Begin to compile what `choose_kernels` will want, while the weights are read."""
-    for kernel, wanted in zip(cpu_kernels(dtype), _wanted(config, mesh, dtype), strict=True):
-        if wanted == "cpu":
-            native.prepare(kernel)
 
 
 def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """Raises ConfigError for a kernel that was asked for and cannot be had here."""
     asked: list[Any] = [config.attention, config.matmul]
     chosen: list[Any] = list(_wanted(config, mesh, dtype))
-    for i, kernel in enumerate(cpu_kernels(dtype)):
+    kernels = cpu_kernels(dtype)
+    native.prepare(*(kernel for kernel, wanted in zip(kernels, chosen, strict=True) if wanted == "cpu"))
+    for i, kernel in enumerate(kernels):
         if chosen[i] != "cpu":
             continue
         name = Kernels._fields[i]
@@ -63,9 +60,7 @@ def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
         attention = "cpu" if cpu else platform.attention
     product: Any = config.matmul
     if product == "auto":
-        # XLA's products reach the matrix units that some processors have for bf16, and shard a mesh's weights
-        units = dtype == jnp.bfloat16 and processor.has("amx_bf16")
-        product = "cpu" if cpu and mesh.size == 1 and not units else "xla"
+        product = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights
     return Kernels(attention, product)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.engine.kernels import Kernels
+from jaxserve.engine.kernels import PORTABLE, Kernels
 from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Tensors, parameters
 from jaxserve.models.layers.linear import Product
@@ -26,15 +26,21 @@ HEADS_SPEC = PartitionSpec(None, "tensor")
 class LoadedModel:
     """The model that a checkpoint's config describes, and its weights on `mesh`."""
 
-    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any):
-        """Builds the model abstractly; `load` or `fill` brings the weights."""
+    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any, kernels: Kernels = PORTABLE):
+        """Builds the model abstractly; `load` or `fill` brings the weights, kept as the kernels read them."""
         cls: Any = model_class(config)
         self.mesh = mesh
+        self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)
         self.shards = mesh.shape["tensor"]
         self._table = cls.tensors(self.config, self.shards)
-        self._module = nnx.eval_shape(lambda: cls(self.config, self.shards, self.dtype))
+        self._module = nnx.eval_shape(lambda: _with(kernels, cls(self.config, self.shards, self.dtype)))
+        self._products = {
+            ".".join(map(str, (*path, "weight"))): part
+            for path, part in nnx.iter_modules(self._module)
+            if isinstance(part, Product)
+        }
         state = nnx.state(self._module)
         flat = nnx.to_flat_state(state)
         self._leaves = {".".join(map(str, path)): param for path, param in flat}
@@ -78,13 +84,10 @@ class LoadedModel:
             make = jax.jit(normal, static_argnums=(1, 2), out_shardings=self._sharding(path))
             self.weights.append(make(jax.random.key(seed + i), leaf.shape, leaf.dtype))
 
-    def functions(self, kernels: Kernels) -> Model:
+    def functions(self) -> Model:
         """The forward pass as pure functions of the weights."""
-        for _, part in nnx.iter_modules(self._module):
-            if isinstance(part, Product):
-                part.implementation = kernels.matmul
         graph = nnx.graphdef(self._module)
-        attend_with = partial(self._attend, kernels.attention)
+        attend_with = partial(self._attend, self.kernels.attention)
 
         def module(weights: Weights) -> Any:
             return nnx.merge(graph, jax.tree.unflatten(self._treedef, weights))
@@ -127,9 +130,20 @@ class LoadedModel:
         return NamedSharding(self.mesh, partition_spec(self._leaves[path].get_metadata()["axes"]))
 
     def _place(self, path: str, value: np.ndarray) -> jax.Array:
-        leaf = self._leaves[path]
-        short = [(0, want - have) for want, have in zip(leaf.shape, value.shape, strict=True)]
+        leaf, product = self._leaves[path], self._products.get(path)
+        whole = leaf.shape if product is None else (*product.out_shape, *product.in_shape)
+        short = [(0, want - have) for want, have in zip(whole, value.shape, strict=True)]
         if any(after for _, after in short):
             value = np.pad(value, short)
-        placed: jax.Array = jax.device_put(value.astype(leaf.dtype, copy=False), self._sharding(path))
+        value = value.astype(leaf.dtype, copy=False)
+        if product is not None:
+            value = product.keep(value)
+        placed: jax.Array = jax.device_put(value, self._sharding(path))
         return placed
+
+
+def _with(kernels: Kernels, module: nnx.Module) -> nnx.Module:
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Product):
+            part.multiply_with(kernels.matmul)
+    return module

@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.devices import gib, make_mesh, memory_of, weight_type
-from jaxserve.engine.kernels import choose_kernels
+from jaxserve.engine.kernels import PORTABLE, choose_kernels
 from jaxserve.engine.memory import Budget, fit, process_bytes
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Programs, ladder
@@ -104,7 +104,8 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     mesh: Any = make_mesh(config, 0) if there is None else abstract_mesh(config)
     memory = memory_of(config, mesh.devices.flat[0]) if there is None else memory_of_chip(config, there)
     dtype = weight_type(config.dtype, raw, memory.platform)
-    model = LoadedModel(raw, mesh, dtype)
+    kernels = PORTABLE if there else choose_kernels(config, mesh, dtype)
+    model = LoadedModel(raw, mesh, dtype, kernels)
     budget = fit(config, model, memory)
     buckets = ladder(budget.shapes, memory.platform.smallest_decode)
     if there is None:
@@ -115,7 +116,8 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
         try:
             mesh = compiler_mesh(config, there)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                found = measured(_compile(config, LoadedModel(raw, mesh, dtype), budget))
+                chosen = choose_kernels(config, mesh, dtype)
+                found = measured(_compile(config, LoadedModel(raw, mesh, dtype, chosen), budget))
         except Exception as error:  # jax's, its plugins' and libtpu's own: all mean that there is none
             log.debug("no compiler for %s", there.name, exc_info=error)
             why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -203,10 +205,8 @@ def _sequences(tokens: int, budget: Budget) -> Sequences:
 
 
 def _compile(config: EngineConfig, model: LoadedModel, budget: Budget) -> Programs:
-    kernels = choose_kernels(config, model.mesh, model.dtype)
-    smallest = kernels.smallest_decode(budget.memory.platform)
-    counts = compilation.Counts()
-    programs = Programs(model, budget.shapes, kernels, smallest, counts, config.deterministic)
+    smallest = model.kernels.smallest_decode(budget.memory.platform)
+    programs = Programs(model, budget.shapes, smallest, compilation.Counts(), config.deterministic)
     programs.compile_largest()
     return programs
 

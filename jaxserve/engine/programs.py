@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
 from jaxserve.engine.compilation import Counts, compiler_options
-from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
@@ -64,7 +63,6 @@ class Programs:
         self,
         model: LoadedModel,
         shapes: Shapes,
-        kernels: Kernels,
         smallest_decode: int,
         compiles: Counts,
         deterministic: bool = False,
@@ -73,7 +71,7 @@ class Programs:
         self.admit_layout = AdmitLayout(shapes.table_width)
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
-        self._functions = model.functions(kernels)
+        self._functions = model.functions()
         self._mesh = model.mesh
         self._compiles = compiles
         platform = model.mesh.devices.flat[0].platform

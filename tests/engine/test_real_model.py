@@ -154,9 +154,9 @@ def our_logits(checkpoint, dtype, ids, kernels):
     from jaxserve.engine.model import LoadedModel
     from jaxserve.pallas_kernels.paged_attention import PoolShape, ragged_meta
 
-    model = LoadedModel(checkpoint.config, make_mesh(EngineConfig(), 0), dtype)
+    model = LoadedModel(checkpoint.config, make_mesh(EngineConfig(), 0), dtype, kernels)
     model.load(checkpoint)
-    step = model.functions(kernels)
+    step = model.functions()
     layers, dim = checkpoint.config["num_hidden_layers"], checkpoint.config["head_dim"]
     pool = PoolShape(12, model.kv_heads, 32, dim, model.dtype, CPU.kv_as_bits)
 

@@ -1,30 +1,56 @@
-"""Matrix products with weights: the only place that will know how a weight is stored."""
+"""Matrix products with weights: the only place that knows how a weight is kept."""
 
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxserve.models.layers.param import weight
-from jaxserve.pallas_kernels.matmul import Implementation, matmul
+from jaxserve.pallas_kernels.matmul import Implementation, keep, kept_shape, matmul
 
 
 class Product(nnx.Module):
-    """What multiplies by a weight, and how."""
+    """What multiplies by a weight [*out, *in], which is given whole and kept as the product reads it."""
 
-    implementation: Implementation = "xla"
+    def __init__(
+        self, out_shape: Sequence[int], in_shape: Sequence[int], axes: Sequence[str | None], dtype: jnp.dtype
+    ):
+        self.out_shape, self.in_shape = tuple(out_shape), tuple(in_shape)
+        self.implementation: Implementation = "xla"
+        self.weight = weight((*out_shape, *in_shape), axes, dtype)
 
-    def contract(self, x: jax.Array, w: jax.Array, dims: int = 1) -> jax.Array:
-        """float32 [N, *out]: the last `dims` axes of x [N, *in] against those of w [*out, *in].
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Outputs and depth of the product of matrices that it is."""
+        return math.prod(self.out_shape), math.prod(self.in_shape)
+
+    def multiply_with(self, implementation: Implementation) -> None:
+        """From now on; the weight is kept as that wants it."""
+        self.implementation = implementation
+        if implementation == "cpu":
+            axes = self.weight.get_metadata()["axes"]
+            tiles = kept_shape(*self.matrix, self.weight.dtype, implementation)
+            outs, depth = axes[0], axes[len(self.out_shape)]
+            self.weight = weight(tiles, (outs, depth, None, None), self.weight.dtype)
+
+    def keep(self, given: np.ndarray) -> np.ndarray:
+        """The weight [*out, *in] as it is kept."""
+        return keep(given.reshape(self.matrix), self.implementation).reshape(self.weight.shape)
+
+    def contract(self, x: jax.Array) -> jax.Array:
+        """x [N, *in] -> float32 [N, *out].
 
         As one product of matrices: XLA would turn one with more axes by transposing w each step. Only
         the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
         """
-        out, size = w.shape[: w.ndim - dims], math.prod(w.shape[w.ndim - dims :])
-        y = matmul(x.reshape(-1, size), w.reshape(-1, size), self.implementation)
-        return y.reshape(-1, *out)
+        outs, depth = self.matrix
+        w = self.weight[...]
+        if self.implementation == "xla":
+            w = w.reshape(outs, depth)
+        return matmul(x.reshape(-1, depth), w, outs, self.implementation).reshape(-1, *self.out_shape)
 
 
 class Linear(Product):
@@ -39,10 +65,9 @@ class Linear(Product):
         bias: bool = False,
         dtype: jnp.dtype,
     ):
-        self.in_dims = len(in_shape)
-        self.weight = weight((*out_shape, *in_shape), axes, dtype)
+        super().__init__(out_shape, in_shape, axes, dtype)
         self.bias = weight(out_shape, axes[: len(out_shape)], dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.contract(x, self.weight[...], self.in_dims)
+        y = self.contract(x)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The product in C++ (cpu.cc), for processors without matrix units for bf16."""
+"""The product in C++ (cpu.cc), on weights that are kept in tiles."""
 
 from pathlib import Path
 
@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels import native
+from jaxserve.pallas_kernels.matmul.tiles import OUTS
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """See the seam, `matmul/__init__.py`. w is float32, bfloat16 or float16."""
-    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
-    target = native.target(native.Kernel.of(SOURCE, w.dtype), "matmul")
-    return jax.ffi.ffi_call(target, out)(x.astype(jnp.float32), w)
+def matmul(x: jax.Array, tiles: jax.Array, outs: int) -> jax.Array:
+    """float32 `[N, outs]` of x `[N, in]` and the tiles of w `[outs, in]`: float32, bfloat16 or float16.
+
+    x is read as float32; with bfloat16 weights it is rounded to bfloat16 where the processor multiplies that
+    (avx512_bf16, amx_bf16). A row's bits do not depend on the other rows.
+    """
+    padded = jax.ShapeDtypeStruct((x.shape[0], tiles.shape[0] * OUTS), jnp.float32)
+    target = native.target(native.Kernel.of(SOURCE, tiles.dtype), "matmul")
+    return jax.ffi.ffi_call(target, padded)(x.astype(jnp.float32), tiles)[:, :outs]

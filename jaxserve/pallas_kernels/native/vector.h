@@ -108,16 +108,25 @@ inline void hold(Floats& v) {
 
 #ifdef __AVX512BF16__
 inline void hold(__m512bh& v) { asm("" : "+v"(v)); }
+#endif
 
 // The nearest bf16 numbers, the even one of two.
 inline void round(const float* from, int64_t count, BFloat16* to) {
+#ifdef __AVX512BF16__
   for (int64_t i = 0; i < count; i += kLanes) {
     const __mmask16 some = count - i < kLanes ? (1u << (count - i)) - 1 : 0xffff;
     const __m512 floats = _mm512_maskz_loadu_ps(some, from + i);
     _mm256_mask_storeu_epi16(to + i, some, bits_as<__m256i>(_mm512_cvtneps_pbh(floats)));
   }
-}
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = bits_as<uint32_t>(from[i]);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
+    to[i].bits = uint16_t((from[i] == from[i] ? rounded : bits | 0x400000u) >> 16);  // a NaN stays one
+  }
 #endif
+}
+inline void round(const float* from, int64_t count, float* to) { std::memcpy(to, from, 4 * count); }
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 

@@ -1,7 +1,5 @@
 """Every implementation against float64, and what the native one promises about bits."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,13 +7,12 @@ import numpy as np
 import pytest
 
 from jaxserve import processor
-from jaxserve.pallas_kernels.matmul import matmul
+from jaxserve.pallas_kernels.matmul import keep, kept_shape, matmul, take, tiles
 
-SHAPES = [(1, 576, 960), (2, 64, 5), (3, 70, 7), (4, 8, 3)]
-SHAPES += [(5, 5000, 31), (33, 576, 100), (64, 1, 1), (130, 40, 50)]
-"""Rows, depth, outputs: full tiles and blocks of the depth, and what is left over of each."""
+SHAPES = [(1, 576, 960), (2, 64, 5), (3, 70, 7), (4, 8, 3), (16, 64, 80), (50, 96, 64)]
+SHAPES += [(5, 5000, 31), (33, 576, 100), (64, 1, 1), (130, 40, 50), (200, 33, 17)]
+"""Rows, depth, outputs: full tiles, tasks and blocks of the depth, and what is left over of each."""
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
-
 
 
 def operands(rows: int, depth: int, outs: int, dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +21,8 @@ def operands(rows: int, depth: int, outs: int, dtype) -> tuple[np.ndarray, np.nd
 
 
 def run(x: np.ndarray, w: np.ndarray, implementation: str) -> np.ndarray:
-    return np.asarray(jax.jit(partial(matmul, implementation=implementation))(x, w))
+    multiply = jax.jit(matmul, static_argnums=(2, 3))
+    return np.asarray(multiply(x, keep(w, implementation), len(w), implementation))
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=pytest.mark.compiler)])
@@ -44,24 +42,53 @@ def test_value(shape, dtype, implementation):
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_a_row_has_the_same_bits_in_any_company(dtype):
-    x, w = operands(37, 2500, 70, dtype)
+    x, w = operands(237, 2500, 70, dtype)
     whole = run(x, w, "cpu")
-    for first, last in [(0, 1), (3, 5), (8, 12), (20, 29), (0, 36)]:
+    for first, last in [(0, 1), (3, 5), (8, 12), (20, 29), (0, 36), (190, 194)]:
         assert run(x[first:last], w, "cpu").tobytes() == whole[first:last].tobytes()
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("rows", [1, 9], ids=["read in place", "widened first"])
-def test_every_16_bit_number_is_widened_right(rows, dtype):
+@pytest.mark.parametrize("place", [0, 1], ids=["even", "odd"])
+def test_every_16_bit_number_is_widened_right(place, dtype):
     numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
-    got = run(np.ones((rows, 1), np.float32), numbers[:, None], "cpu")
+    w, x = np.zeros((2**16, 2), dtype), np.zeros((2, 2), np.float32)
+    w[:, place], x[:, place] = numbers, 1
+    got = run(x, w, "cpu")
     want = numbers.astype(np.float32)
     want = np.where(np.abs(want) < np.finfo(np.float32).tiny, 0, want)  # as XLA takes subnormal floats
-    np.testing.assert_array_equal(got, np.broadcast_to(want, (rows, 2**16)))
+    np.testing.assert_array_equal(got, np.broadcast_to(want, (2, 2**16)))
 
 
 @pytest.mark.compiler
 def test_weights_of_other_types_are_refused():
-    with pytest.raises(TypeError, match="C\\+\\+ kernels read float32, bfloat16, float16, not int8"):
-        matmul(jnp.ones((1, 4)), jnp.ones((2, 4), jnp.int8), "cpu")
+    with pytest.raises(TypeError, match="C\\+\\+ kernels read float32, bfloat16, float16, not int16"):
+        run(np.ones((1, 4), np.float32), np.ones((2, 4), np.int16), "cpu")
+
+
+@pytest.mark.compiler
+def test_a_weight_that_is_not_in_tiles_is_refused():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not in tiles"):
+        jax.block_until_ready(matmul(jnp.ones((1, 32)), jnp.ones((1, 8, 4, 1)), 4, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 33), (40, 100)], ids=str)
+def test_tiles_hold_every_number_once(shape, dtype):
+    w = np.arange(1, shape[0] * shape[1] + 1).reshape(shape).astype(dtype)
+    packed = tiles.pack(w)
+    assert packed.shape == kept_shape(*shape, dtype, "cpu") and packed.dtype == dtype
+    assert sorted(packed[packed != 0].tolist()) == sorted(w.ravel().tolist())
+    per_cell = packed.shape[-1]
+    for row, column in [(0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 3)]:
+        assert packed[row // 16, column // per_cell, row % 16, column % per_cell] == w[row, column]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_rows_are_taken_from_what_is_kept(dtype, implementation):
+    w = np.random.default_rng(0).standard_normal((37, 70)).astype(dtype)
+    rows = jnp.array([36, 0, 17, 17])
+    got = jax.jit(take, static_argnums=(2, 3))(keep(w, implementation), rows, 70, implementation)
+    np.testing.assert_array_equal(np.asarray(got), w[np.asarray(rows)])
