@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 from jaxserve.loading import sampling_defaults
@@ -39,8 +40,8 @@ class Checkpoint(ABC):
         """Shapes of all tensors by name, from headers alone."""
 
     @abstractmethod
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor in the type it is stored in; quantised ones as float32."""
+    def tensor(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
+        """One tensor in the type it is stored in; a quantised one as `dtype`."""
 
     @abstractmethod
     def source(self, name: str) -> str:
@@ -98,8 +99,8 @@ class GGUFCheckpoint(Checkpoint):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._file.tensors[theirs].shape for name, theirs in self._names.items()}
 
-    def tensor(self, name: str) -> np.ndarray:
-        value = self._file.dequantised(self._names[name])
+    def tensor(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
+        value = self._file.dequantised(self._names[name], dtype)
         return self._family.to_half_split(name, value, self.config)
 
     def source(self, name: str) -> str:
@@ -131,7 +132,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._files[file].entries[name].shape for name, file in self._file_of.items()}
 
-    def tensor(self, name: str) -> np.ndarray:
+    def tensor(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
         file = self._files[self._file_of[name]]
         if (kind := file.entries[name].dtype) not in FLOATS:
             known = ", ".join(FLOATS)

@@ -1,4 +1,4 @@
-"""ggml's number formats to float32, over many blocks at a time.
+"""ggml's number formats to floats, over many blocks at a time.
 
 A block holds small integers in one or more groups; a number is `integer * scale + offset` of its group.
 The layouts are those of ggml-common.h. `gguf.quants` gives the same bits, ten times slower.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 CHUNK = 2**17
 """Numbers handled at a time: what a core's cache holds."""
@@ -29,20 +30,22 @@ class Format(NamedTuple):
     """None for numbers that are stored as they are."""
 
 
-def dequantise(raw: np.ndarray, form: Format) -> np.ndarray:
-    """uint8 [bytes] -> float32 [numbers], or a view of their own type where they are stored as they are."""
+def dequantise(raw: np.ndarray, form: Format, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """uint8 [bytes] -> float32 numbers rounded to `dtype`, or a view of those that are stored as they are."""
     blocks = raw.view(form.layout)
     if form.unpack is None:
         return blocks
-    out = np.empty((len(blocks), form.size), np.float32)
+    out = np.empty((len(blocks), form.size), dtype)
     step = CHUNK // form.size
+    scratch = np.empty((step, form.size), np.float32)
     for at in range(0, len(blocks), step):
         integers, scale, offset = form.unpack(blocks[at : at + step])
-        part = out[at : at + step].reshape(integers.shape)
+        part = scratch[: len(integers)].reshape(integers.shape)
         part[...] = integers
         part *= scale
         if offset is not None:
             part += offset
+        out[at : at + step] = part.reshape(-1, form.size)
     return out.ravel()
 
 
@@ -85,6 +88,7 @@ def _q6_k(b: np.ndarray) -> Unpacked:
 
 def _nibbles(q: np.ndarray) -> np.ndarray:
     """uint8 [..., n] -> [..., 1, 2n]: all low halves, then all high ones."""
+    q = np.ascontiguousarray(q)
     return np.concatenate([q & 15, q >> 4], axis=-1)[..., None, :]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 from jaxserve.loading.dequantise import FORMATS, Format, dequantise
@@ -76,11 +77,11 @@ class GGUFFile:
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.path} is not a whole GGUF file: {error}") from None
 
-    def dequantised(self, name: str) -> np.ndarray:
-        """A tensor as float32, or as a view of its own type where it is F32, F16 or BF16."""
+    def dequantised(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
+        """A tensor as `dtype`, or as a view of its own type where it is F32, F16 or BF16."""
         entry = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, entry.bytes, self._start + entry.offset)
-        return dequantise(raw, entry.form).reshape(entry.shape)
+        return dequantise(raw, entry.form, dtype).reshape(entry.shape)
 
     def _read_header(self) -> None:
         reader = _Reader(self._data, len(MAGIC))

@@ -1,9 +1,11 @@
-"""From a checkpoint's tensors to a model's parameters, placed on their devices one at a time."""
+"""From a checkpoint's tensors to a model's parameters, placed on their devices few at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 
@@ -12,7 +14,7 @@ class Tensors(Protocol):
     """The part of a checkpoint that placement needs."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def tensor(self, name: str) -> np.ndarray: ...
+    def tensor(self, name: str, dtype: DTypeLike) -> np.ndarray: ...
     def source(self, name: str) -> str: ...
 
 
@@ -28,6 +30,8 @@ class Source(NamedTuple):
         return cls({name: shape}, lambda x: x)
 
 
+THREADS = 2
+"""One waits for the disk or the interpreter while the other computes."""
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 """Endings of tensors that checkpoints carry and models derive or tie."""
 
@@ -50,9 +54,18 @@ def check(checkpoint: Tensors, table: Mapping[str, Source]) -> None:
 
 
 def parameters(
-    checkpoint: Tensors, table: Mapping[str, Source], place: Callable[[str, np.ndarray], Any]
+    checkpoint: Tensors,
+    table: Mapping[str, Source],
+    place: Callable[[str, np.ndarray], Any],
+    dtype: DTypeLike = np.float32,
 ) -> Iterator[tuple[str, Any]]:
-    """(path, placed parameter) for each row of the table: one parameter on the host at any time."""
+    """(path, placed parameter) for each row of the table, `THREADS` at a time; quantised tensors are
+    read as `dtype`."""
     check(checkpoint, table)
-    for path, source in table.items():
-        yield path, place(path, source.build(*(checkpoint.tensor(name) for name in source.shapes)))
+
+    def make(path: str) -> Any:
+        source = table[path]
+        return place(path, source.build(*(checkpoint.tensor(name, dtype) for name in source.shapes)))
+
+    with ThreadPoolExecutor(THREADS, "weights") as threads:
+        yield from zip(table, threads.map(make, table), strict=True)

@@ -1,6 +1,7 @@
 """Every format against the `gguf` package bit by bit, and against its definition, one number at a time."""
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf.quants import dequantize
@@ -35,6 +36,8 @@ def test_the_bits_are_gguf_s(kind, form, monkeypatch):
     theirs = dequantize(raw, gguf.GGMLQuantizationType(kind)).ravel()
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    rounded = dequantise.dequantise(raw.ravel(), form, ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(rounded, theirs.astype(ml_dtypes.bfloat16), strict=True)
 
 
 def half(block, at):

@@ -1,12 +1,13 @@
-"""From tensors to parameters: complaints come before anything is read; one parameter is held at a time."""
+"""From tensors to parameters: complaints come before anything is read; few parameters are held at a time."""
 
+import threading
 import weakref
 
 import numpy as np
 import pytest
 
 from jaxserve.errors import ModelError
-from jaxserve.loading.weights import Source, check, parameters
+from jaxserve.loading.weights import THREADS, Source, check, parameters
 from jaxserve.models.llama import LlamaConfig
 
 CONFIG = {
@@ -33,6 +34,7 @@ class Tensors:
         self.read = []
         self.alive = 0
         self.most = 0
+        self._lock = threading.RLock()
 
     def shapes(self):
         return self._shapes
@@ -40,16 +42,18 @@ class Tensors:
     def source(self, name):
         return f"{name}.safetensors"
 
-    def tensor(self, name):
-        self.read.append(name)
-        value = np.zeros(self._shapes[name], np.float32)
-        self.alive += 1
-        self.most = max(self.most, self.alive)
+    def tensor(self, name, dtype):
+        value = np.zeros(self._shapes[name], dtype)
+        with self._lock:
+            self.read.append(name)
+            self.alive += 1
+            self.most = max(self.most, self.alive)
         weakref.finalize(value, self._gone)
         return value
 
     def _gone(self):
-        self.alive -= 1
+        with self._lock:
+            self.alive -= 1
 
 
 GOOD = {"a": (2, 3), "b": (1, 3), "c": (2, 3)}
@@ -77,14 +81,24 @@ def test_tensors_that_models_derive_or_tie_are_passed_over(name):
     check(Tensors(**GOOD, **{name: (4,)}), TABLE)
 
 
-def test_one_parameter_is_on_the_host_at_a_time():
-    tensors = Tensors(**GOOD)
-    placed = [
-        (path, shape, tensors.alive)
-        for path, shape in parameters(tensors, TABLE, lambda path, value: value.shape)
-    ]
-    assert placed == [("whole", (2, 3), 0), ("joined", (3, 3), 0)]
-    assert tensors.most == 2
+def test_few_parameters_are_on_the_host_at_a_time_and_come_in_order():
+    names = [f"t{i}" for i in range(50)]
+    tensors = Tensors(**{name: (2, 3) for name in names})
+    table = {f"our.{name}": Source.one(name, (2, 3)) for name in names}
+    placed = list(parameters(tensors, table, lambda path, value: (path, value.shape)))
+    assert placed == [(path, (path, (2, 3))) for path in table]
+    assert sorted(tensors.read) == sorted(names)
+    assert tensors.alive == 0 and tensors.most <= THREADS
+
+
+def test_what_cannot_be_placed_ends_it():
+    with pytest.raises(ModelError, match="no room for joined"):
+        list(parameters(Tensors(**GOOD), TABLE, no_room))
+
+
+def no_room(path, value):
+    if path == "joined":
+        raise ModelError("no room for joined")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ A cell is four bytes of one output: a float32, or two 16-bit neighbours. Sixteen
 so that a product reads a tile from its begin to its end: registers and matrix units take it as it is.
 """
 
+import math
+
 import jax
 import numpy as np
 
 OUTS = 16
+LINE = 64
 DEPTH = 32
 """The depth is padded to a multiple: what matrix units multiply at a time, in 16-bit numbers."""
 
@@ -25,8 +28,16 @@ def pack(w: np.ndarray) -> np.ndarray:
     if any(short):
         w = np.pad(w, [(0, n) for n in short])
     rows = np.ascontiguousarray(w).view(np.uint32).reshape(tiles, OUTS, cells)
-    packed = np.ascontiguousarray(rows.swapaxes(1, 2))
+    packed = _aligned(tiles, cells, OUTS)
+    packed[...] = rows.swapaxes(1, 2)
     return packed.view(w.dtype).reshape(tiles, cells, OUTS, per_cell)
+
+
+def _aligned(*shape: int) -> np.ndarray:
+    """Room for cells at the begin of a cache line: a runtime on the CPU takes it as it is, others copy."""
+    room = np.empty(4 * math.prod(shape) + LINE, np.uint8)
+    begin = -room.ctypes.data % LINE
+    return room[begin : begin + 4 * math.prod(shape)].view(np.uint32).reshape(shape)
 
 
 def take(tiles: jax.Array, rows: jax.Array, depth: int) -> jax.Array:
