@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jaxserve import __version__
@@ -137,11 +136,9 @@ def _home() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    import jax
-
     from jaxserve.engine.compilation import cache_dir
 
-    place = Path(jax.config.jax_compilation_cache_dir or cache_dir())
+    place = cache_dir()
     files = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
     yield Finding("compiled programs", f"{len(files)} files, {_size(sum(files))} at {place}")
 

@@ -61,10 +61,8 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, replica: int = 0):
-        compilation.enable_cache()
         self._compiles = compilation.Counts()
-        with self._compiles.counted():
-            self._load(config, replica)
+        self._load(config, replica)
 
     def _load(self, config: EngineConfig, replica: int) -> None:
         self._config = config
@@ -79,18 +77,18 @@ class EngineCore:
         self.budget = fit(config, self.model, memory)
         self.shapes = self.budget.shapes
         self.hello = _hello(self.budget)
-        if dummy:
-            self.model.fill(config.seed)
-        else:
-            self.model.load(checkpoint)
-        del checkpoint  # and with it the files that are mapped
-        self.steps = 0
         smallest_decode = kernels.smallest_decode(platform)
         self._programs = Programs(
             self.model, self.shapes, smallest_decode, self._compiles, config.deterministic
         )
-        self._kv, self._slots = self._programs.empty_state()  # filled with zeros while programs compile
-        self._programs.start()
+        with self._programs.start():
+            if dummy:
+                self.model.fill(config.seed)
+            else:
+                self.model.load(checkpoint)
+        del checkpoint  # and with it the files that are mapped
+        self._kv, self._slots = self._programs.empty_state()
+        self.steps = 0
         self._left_out: list[str] = []
         if config.deterministic:
             self._programs.wait_until_warm()

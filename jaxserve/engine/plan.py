@@ -109,7 +109,6 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     budget = fit(config, model, memory)
     buckets = ladder(budget.shapes, memory.platform.smallest_decode)
     if there is None:
-        compilation.enable_cache()
         programs = _compile(config, model, budget)
         buckets, found = programs.buckets, measured(programs)
     else:

@@ -2,26 +2,29 @@
 
 It serves as soon as one program of each kind is ready and rounds up to those while a thread compiles
 the rest, so nothing is ever compiled on a request's path: a step calls an executable or does not run.
+What was compiled once is on a shelf (`compilation.Shelf`), and is not even traced again.
 """
 
 import atexit
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
-from jaxserve.engine.compilation import Counts, compiler_options
+from jaxserve.engine.compilation import Counts, Shelf, compiler_options, prune
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
-from jaxserve.engine.step import Slots, admit, forward, sample
-from jaxserve.pallas_kernels.paged_attention import PoolShape
+from jaxserve.engine.step import KV, Slots, admit, forward, sample
+from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape, empty_pool
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ def ladder(shapes: Shapes, smallest_decode: int) -> list[Bucket]:
 
 
 class Programs:
-    """Compiled programs by shape. `start` returns when the first can serve; `warm` is set after the last."""
+    """Compiled programs by shape. After `start` the first can serve; `warm` is set after the last."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Programs:
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
         self._functions = model.functions()
+        self._kernels = model.kernels
         self._mesh = model.mesh
         self._compiles = compiles
         platform = model.mesh.devices.flat[0].platform
@@ -80,24 +84,26 @@ class Programs:
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
-        state = (self._kv, self._slots)
-        # held like the others: after a failed step the state is made anew, while requests wait
-        self._empty = self._compile(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
-            donate=(),
-            out=jax.tree.map(lambda x: x.sharding, state),
-        )
+        facts = (model.config, model.kernels, shapes, self._options, self._weights)
+        self._shelf = Shelf(list(model.mesh.devices.flat), *facts) if _are_here(model.mesh) else None
         self._forward: dict[Bucket, Any] = {}
         self._sample: dict[tuple[int, Variant], Any] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
 
-    def start(self) -> None:
-        """Compile what serves any request, then the rest in the background."""
-        self.admit = self._compile(admit, self._slots, self._array(self.admit_layout.size))
+    @contextlib.contextmanager
+    def start(self) -> Iterator[None]:
+        """Make what serves any request, while what is inside runs; then the rest in the background."""
         self._todo = iter(self._plan())
-        while not self._forward or not self._sample:
-            next(self._todo)()
+        first = next(self._todo), next(self._todo), self._compile_admit, self._compile_empty
+        with ThreadPoolExecutor(2, "compile") as threads:
+            jobs = [threads.submit(job) for job in first]
+            try:
+                yield
+                for job in jobs:
+                    job.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
         self._thread.start()
         # a thread that is inside the compiler when Python exits would abort the process
         atexit.register(self.close)
@@ -192,38 +198,57 @@ class Programs:
 
     def _compile_rest(self) -> None:
         try:
-            with self._compiles.counted():
-                for job in self._todo:
-                    if self._closed.is_set():
-                        return
-                    job()
+            for job in self._todo:
+                if self._closed.is_set():
+                    return
+                job()
+            if self._compiles.cache_misses:
+                prune()
         except Exception:
             log.exception("compiling in the background failed; the programs that are ready go on serving")
             return
         self.warm.set()
+
+    def _compile_empty(self) -> None:
+        state = (self._kv, self._slots)
+        # held like the others: after a failed step the state is made anew, while requests wait
+        attention = self._kernels.attention if self._mesh.size == 1 else "xla"
+        empty = partial(_empty, [self.shapes.pool] * self.shapes.layers, attention, self._slots)
+        self._empty = self._compile("empty", empty, out=_shardings(state), donate=())
+
+    def _compile_admit(self) -> None:
+        self.admit = self._compile("admit", admit, self._slots, self._array(self.admit_layout.size))
 
     def _compile_forward(self, bucket: Bucket) -> None:
         layout = self.layout(bucket)
         step = partial(forward, self._functions, layout)
         args = (self._weights, self._kv, self._slots, self._array(layout.size))
         replicated = NamedSharding(self._mesh, PartitionSpec())
-        out = (
-            [x.sharding for x in self._kv],
-            jax.tree.map(lambda x: x.sharding, self._slots),
-            replicated,
-            replicated,
-        )
-        self._forward[bucket] = self._compile(step, *args, donate=(1, 2), out=out)
+        out = (*_shardings((self._kv, self._slots)), replicated, replicated)
+        self._forward[bucket] = self._compile(bucket.name, step, *args, donate=(1, 2), out=out)
 
     def _compile_sample(self, seqs: int, variant: Variant) -> None:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
-        program = self._compile(partial(sample, variant), self._slots, logits, self._array(seqs, 2))
-        self._sample[seqs, variant] = program
+        args = (self._slots, logits, self._array(seqs, 2))
+        self._sample[seqs, variant] = self._compile(
+            f"sample {seqs} {variant}", partial(sample, variant), *args
+        )
 
-    def _compile(self, function: Any, *args: Any, donate: tuple[int, ...] = (0,), out: Any = None) -> Any:
+    def _compile(
+        self, name: str, function: Any, *args: Any, donate: tuple[int, ...] = (0,), out: Any = None
+    ) -> Any:
+        """A program, from the shelf if it is there."""
+        shelf = self._shelf if _module(function).startswith("jaxserve.") else None
+        if shelf and (program := shelf.get(name)) is not None:
+            self._compiles.add("cache_hits")
+            return program
         out = NamedSharding(self._mesh, PartitionSpec()) if out is None else out
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args)
-        return lowered.compile(compiler_options=self._options)
+        program = lowered.compile(compiler_options=self._options)
+        self._compiles.add("cache_misses")
+        if shelf:
+            shelf.put(name, program, lowered.as_text())
+        return program
 
     def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return self._abstract(jax.ShapeDtypeStruct(shape, dtype))
@@ -237,3 +262,23 @@ def _new(program: Any) -> int:
     memory = program.memory_analysis()
     size: int = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return size
+
+
+def _empty(pools: list[PoolShape], attention: Implementation, slots: Slots) -> tuple[KV, Slots]:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), slots)
+    return [empty_pool(pool, attention) for pool in pools], zeros
+
+
+def _shardings(state: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _are_here(mesh: Mesh) -> bool:
+    """Whether programs can run, and are not only made to see what they take."""
+    return all(device in jax.devices() for device in mesh.devices.flat)
+
+
+def _module(function: Any) -> str:
+    """Where the code is that a program is made of: only ours is part of what it is kept under."""
+    module: str = getattr(function, "func", function).__module__
+    return module

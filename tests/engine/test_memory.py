@@ -82,7 +82,6 @@ def compare(config, dtype, kernels, seqs, tokens, tensor):
     mesh = make_mesh(options, 0)
     model = LoadedModel(config, mesh, jnp.dtype(dtype), Kernels(*kernels))
     budget = fit(options, model, memory_of(options, mesh.devices.flat[0]))
-    compilation.enable_cache()
     programs = Programs(model, budget.shapes, 4, compilation.Counts())
     programs.compile_largest()
     return budget.temporaries, max(programs.temporaries().values())

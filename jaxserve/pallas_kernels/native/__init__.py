@@ -72,7 +72,13 @@ def target(kernel: Kernel, symbol: str) -> str:
                 raise NativeError(f"{kernel.source} has no handler {symbol}") from None
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
             library.registered.add(name)
+    _targets[name] = kernel, symbol
     return name
+
+
+def targets_in(program: str) -> list[tuple[Kernel, str]]:
+    """What `target` was asked for and the text of a program calls."""
+    return [asked for name, asked in _targets.copy().items() if name in program]
 
 
 def why_not(*kernels: Kernel) -> str:
@@ -149,6 +155,7 @@ class _Library:
         self.lock = threading.Lock()
 
 
+_targets: dict[str, tuple[Kernel, str]] = {}
 _known: dict[Kernel, _Library | NativeError] = {}
 _compiling: dict[Kernel, threading.Lock] = defaultdict(threading.Lock)
 _lock = threading.Lock()

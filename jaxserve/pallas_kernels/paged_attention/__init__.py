@@ -8,11 +8,20 @@ writes this step's keys and values into the pool, then attends. `reference.py` i
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta, ragged_meta
 from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
 
-__all__ = ["AttentionMeta", "Implementation", "Masking", "PoolShape", "paged_attention", "ragged_meta"]
+__all__ = [
+    "AttentionMeta",
+    "Implementation",
+    "Masking",
+    "PoolShape",
+    "empty_pool",
+    "paged_attention",
+    "ragged_meta",
+]
 
 Implementation = Literal["reference", "xla", "gpu", "cpu"]
 
@@ -27,6 +36,15 @@ class Masking(NamedTuple):
 
 
 PLAIN = Masking()
+
+
+def empty_pool(shape: PoolShape, implementation: Implementation = "xla") -> jax.Array:
+    """A layer's pool of zeros."""
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.paged_attention import cpu
+
+        return cpu.empty_pool(shape)
+    return jnp.zeros(shape.shape, shape.storage)
 
 
 def paged_attention(

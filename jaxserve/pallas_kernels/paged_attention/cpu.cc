@@ -8,9 +8,15 @@
 // not depend on its tile, on the batch or on the threads: what a row may not see has a weight of exactly 0 (and the
 // values are finite).
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -435,8 +441,29 @@ ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyB
   return ffi::Error::Success();
 }
 
+// A pool of zeros. Its whole pages go back to the system, which fills a page with zeros when it is touched first:
+// to fill gigabytes here would take seconds.
+ffi::Error empty_pool_handler(ffi::Result<ffi::AnyBuffer> pool) {
+  char* const begin = static_cast<char*>(pool->untyped_data());
+  char* const end = begin + pool->size_bytes();
+#ifdef __linux__
+  const uintptr_t page = sysconf(_SC_PAGESIZE);
+  char* const first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page);
+  char* const last = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(end) / page * page);
+  if (first < last && madvise(first, last - first, MADV_DONTNEED) == 0) {
+    std::memset(begin, 0, first - begin);
+    std::memset(last, 0, end - last);
+    return ffi::Error::Success();
+  }
+#endif
+  std::memset(begin, 0, end - begin);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(empty_pool, jaxserve::empty_pool_handler, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, jaxserve::paged_attention_handler,
                               ffi::Ffi::Bind()

@@ -8,8 +8,16 @@ import numpy as np
 
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
+from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
 
 SOURCE = Path(__file__).with_name("cpu.cc")
+
+
+def empty_pool(shape: PoolShape) -> jax.Array:
+    """See the seam. Its memory is taken when it is touched first."""
+    target = native.target(native.Kernel.of(SOURCE, shape.dtype), "empty_pool")
+    pool: jax.Array = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape.shape, shape.storage))()
+    return pool
 
 
 def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks, alibi):
