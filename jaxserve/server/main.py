@@ -7,25 +7,25 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import uvicorn
 import uvloop
 
 from jaxserve.config import ServerConfig, parse_mesh
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.replica import ProcessReplica, Replica
 from jaxserve.errors import JaxserveError
-from jaxserve.server.app import build_app
-from jaxserve.server.protocol import HttpProtocol
-from jaxserve.server.state import ServerState
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from jaxserve.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
 MAX_FILES = 65535
-FLUSH_SECONDS = 3
-"""For the last bytes of responses, once the engine is closed."""
 
 
 def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
@@ -56,25 +56,12 @@ def run(config: ServerConfig, replicas: Sequence[Replica] | None = None) -> int:
 
 
 async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.socket) -> int:
-    state = ServerState(config, engine)
-    web = _Web(
-        uvicorn.Config(
-            build_app(config, state),
-            http=HttpProtocol,
-            ws="none",
-            proxy_headers=False,
-            lifespan="off",
-            log_config=None,
-            log_level=logging.WARNING,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=FLUSH_SECONDS,
-        )
-    )
-    serving = asyncio.create_task(web.serve(sockets=[listener]))
     stop = _stop_on_signal()
-    failed = asyncio.create_task(_watch(engine, _place(listener), state))
     stopped = asyncio.create_task(stop.wait())
+    failed = asyncio.create_task(_watch(config, engine, _place(listener)))
+    # a thread's work, so that the engine's process has begun before the HTTP side is imported
+    web, state = await asyncio.to_thread(_make_web, config, engine)
+    serving = asyncio.create_task(web.serve(sockets=[listener]))
     await asyncio.wait({failed, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if stopped.done():
@@ -92,18 +79,26 @@ async def _serve(config: ServerConfig, engine: AsyncEngine, listener: socket.soc
     return status
 
 
-async def _watch(engine: AsyncEngine, place: str, state: ServerState) -> str:
+def _make_web(config: ServerConfig, engine: AsyncEngine) -> "tuple[uvicorn.Server, ServerState]":
+    from jaxserve.server.state import ServerState
+    from jaxserve.server.web import make_server
+
+    state = ServerState(config, engine)
+    return make_server(config, state), state
+
+
+async def _watch(config: ServerConfig, engine: AsyncEngine, place: str) -> str:
     """Say when it serves; return why it never will (again)."""
     try:
         await engine.start()
     except JaxserveError as error:
         return str(error)
-    names = ", ".join(state.model_names)
+    names = ", ".join(config.served_model_name or [config.model])
     print(f"jaxserve listens on {place} and serves {names} ({engine.max_model_len} tokens)", flush=True)
     return await engine.failed()
 
 
-async def _drain(state: ServerState, timeout: float) -> None:
+async def _drain(state: "ServerState", timeout: float) -> None:
     """Let nobody in, and wait for those inside."""
     state.draining = True
     clock = asyncio.get_running_loop().time
@@ -149,11 +144,3 @@ def _place(listener: socket.socket) -> str:
 def _fail(reason: str) -> int:
     print(f"jaxserve: {reason}", file=sys.stderr, flush=True)
     return 1
-
-
-class _Web(uvicorn.Server):
-    """Signals are ours: requests are drained before uvicorn hears of the end."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

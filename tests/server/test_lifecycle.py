@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from jaxserve.config import ServerConfig
-from jaxserve.server import main
+from jaxserve.server import main, web
 
 LONG = {"prompt": "long", "max_tokens": 500, "ignore_eos": True}
 
@@ -263,7 +263,7 @@ def test_an_http_server_that_ends_by_itself_is_a_failure(model_dir, monkeypatch,
         def start(self, config, deliver): ...
         async def close(self): ...
 
-    monkeypatch.setattr(main._Web, "serve", serve)
+    monkeypatch.setattr(web.Server, "serve", serve)
     assert main.run(ServerConfig(model=str(model_dir), port=0), [Replica()]) == 1
     reason = ": RuntimeError('no more sockets')" if error else ""
     assert capsys.readouterr().err == f"jaxserve: the HTTP server ended by itself{reason}\n"
