@@ -69,8 +69,8 @@ class LoadedModel:
         ]
 
     def load(self, checkpoint: Tensors) -> None:
-        """Read the weights, one parameter at a time. Raises ModelError naming the tensor that is wrong."""
-        placed = dict(parameters(checkpoint, self._table, self._place))
+        """Read the weights, few parameters at a time. Raises ModelError naming the tensor that is wrong."""
+        placed = dict(parameters(checkpoint, self._table, self._place, self.dtype))
         self.weights = [placed[path] for path in self._leaves]
 
     def fill(self, seed: int) -> None:
