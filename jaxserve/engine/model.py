@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.engine.kernels import PORTABLE, Kernels
 from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Tensors, parameters
-from jaxserve.models.layers.linear import Product
+from jaxserve.models.layers.linear import Product, Used
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, paged_attention
@@ -36,11 +36,7 @@ class LoadedModel:
         self.shards = mesh.shape["tensor"]
         self._table = cls.tensors(self.config, self.shards)
         self._module = nnx.eval_shape(lambda: _with(kernels, cls(self.config, self.shards, self.dtype)))
-        self._products = {
-            ".".join(map(str, (*path, "weight"))): part
-            for path, part in nnx.iter_modules(self._module)
-            if isinstance(part, Product)
-        }
+        self._products = _products(self._module)
         state = nnx.state(self._module)
         flat = nnx.to_flat_state(state)
         self._leaves = {".".join(map(str, path)): param for path, param in flat}
@@ -89,16 +85,19 @@ class LoadedModel:
         graph = nnx.graphdef(self._module)
         attend_with = partial(self._attend, self.kernels.attention)
 
-        def module(weights: Weights) -> Any:
-            return nnx.merge(graph, jax.tree.unflatten(self._treedef, weights))
+        def module(weights: Weights, used: jax.Array) -> Any:
+            merged = nnx.merge(graph, jax.tree.unflatten(self._treedef, weights))
+            for part in _products(merged).values():
+                part.used = Used(used)
+            return merged
 
         def hidden(weights: Weights, ids: jax.Array, meta: AttentionMeta, kv: KV) -> tuple[jax.Array, KV]:
             attend = jax.tree_util.Partial(attend_with, meta)  # a pytree: the layers' jit takes it
-            x, pools = module(weights)(ids, meta.row_pos, attend, kv)
+            x, pools = module(weights, jnp.sum(meta.q_lens))(ids, meta.row_pos, attend, kv)
             return x, pools
 
-        def logits(weights: Weights, x: jax.Array) -> jax.Array:
-            y: jax.Array = module(weights).logits(x)
+        def logits(weights: Weights, x: jax.Array, used: jax.Array) -> jax.Array:
+            y: jax.Array = module(weights, used).logits(x)
             return y
 
         return Model(hidden, logits)
@@ -143,7 +142,12 @@ class LoadedModel:
 
 
 def _with(kernels: Kernels, module: nnx.Module) -> nnx.Module:
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Product):
-            part.multiply_with(kernels.matmul)
+    for part in _products(module).values():
+        part.multiply_with(kernels.matmul)
     return module
+
+
+def _products(module: nnx.Module) -> dict[str, Product]:
+    """By the paths of their weights."""
+    parts = nnx.iter_modules(module)
+    return {".".join(map(str, (*path, "weight"))): part for path, part in parts if isinstance(part, Product)}

@@ -57,8 +57,8 @@ class Model(NamedTuple):
 
     hidden: Callable[[Weights, jax.Array, AttentionMeta, KV], tuple[jax.Array, KV]]
     """(weights, ids [N], meta, kv) -> (float32 [N, features], kv)."""
-    logits: Callable[[Weights, jax.Array], jax.Array]
-    """(weights, float32 [R, features]) -> float32 [R, vocab]."""
+    logits: Callable[[Weights, jax.Array, jax.Array], jax.Array]
+    """(weights, float32 [R, features], rows that are not padding: int32 []) -> float32 [R, vocab]."""
 
 
 def forward(
@@ -82,7 +82,7 @@ def forward(
     with jax.named_scope("head"):
         if layout.bucket.tokens != layout.bucket.seqs:
             x = x[jnp.maximum(meta.q_rows + meta.q_lens - 1, 0)]
-        logits = model.logits(weights, x)
+        logits = model.logits(weights, x, jnp.sum(meta.q_lens > 0))
     dummy = slots.last_token.shape[0] - 1
     target = jnp.where(step["samples"] > 0, step["slots"], dummy)
     return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)

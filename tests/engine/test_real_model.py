@@ -164,7 +164,7 @@ def our_logits(checkpoint, dtype, ids, kernels):
         blocks = jnp.arange(1, 12, dtype=jnp.int32)[None]
         meta = ragged_meta(blocks, jnp.zeros(1, jnp.int32), jnp.full(1, len(ids), jnp.int32), len(ids))
         x, _ = step.hidden(weights, ids, meta, kv)
-        return step.logits(weights, x)
+        return step.logits(weights, x, jnp.int32(len(ids)))
 
     kv = [jnp.zeros(pool.shape, pool.storage)] * layers
     args = model.weights, kv, jnp.asarray(ids, jnp.int32)

@@ -24,7 +24,7 @@ def hidden(weights, ids, meta, kv):
     return weights[0][ids], kv
 
 
-MODEL = Model(hidden, lambda weights, x: x)
+MODEL = Model(hidden, lambda weights, x, used: x)
 WEIGHTS = [jnp.roll(jnp.eye(VOCAB), 1, axis=1)]
 
 
@@ -147,7 +147,7 @@ def test_admission_writes_its_slot_alone():
 
 
 def test_a_row_samples_with_the_parameters_of_its_slot():
-    def flat(weights, x):
+    def flat(weights, x, used):
         return jnp.zeros((x.shape[0], VOCAB))
 
     def drawn(slots: list[int], seeds: dict[int, int]) -> list[int]:

@@ -12,8 +12,14 @@ from jaxserve.models.layers.param import weight
 from jaxserve.pallas_kernels.matmul import Implementation, keep, kept_shape, matmul
 
 
+class Used(nnx.Variable):
+    """int32 []: how many rows of a step are not padding. They come first."""
+
+
 class Product(nnx.Module):
     """What multiplies by a weight [*out, *in], which is given whole and kept as the product reads it."""
+
+    used: Used | None = None
 
     def __init__(
         self, out_shape: Sequence[int], in_shape: Sequence[int], axes: Sequence[str | None], dtype: jnp.dtype
@@ -41,7 +47,7 @@ class Product(nnx.Module):
         return keep(given.reshape(self.matrix), self.implementation).reshape(self.weight.shape)
 
     def contract(self, x: jax.Array) -> jax.Array:
-        """x [N, *in] -> float32 [N, *out].
+        """x [N, *in] -> float32 [N, *out]; rows of padding are undefined.
 
         As one product of matrices: XLA would turn one with more axes by transposing w each step. Only
         the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
@@ -50,7 +56,9 @@ class Product(nnx.Module):
         w = self.weight[...]
         if self.implementation == "xla":
             w = w.reshape(outs, depth)
-        return matmul(x.reshape(-1, depth), w, outs, self.implementation).reshape(-1, *self.out_shape)
+        used = None if self.used is None else self.used[...]
+        y = matmul(x.reshape(-1, depth), w, outs, used, self.implementation)
+        return y.reshape(-1, *self.out_shape)
 
 
 class Linear(Product):

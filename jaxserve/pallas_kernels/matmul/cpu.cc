@@ -5,6 +5,8 @@
 // A register of cells has as many outputs as lanes, and is multiplied by one cell of x in all lanes. A tile is read
 // from its begin to its end, and is what matrix units (AMX) take as it is.
 //
+// Only the first `used` rows are multiplied: the others are padding, and their y is zero.
+//
 // Every number of y is one sum in the order of the depth, a block of it after the other, whatever else is computed:
 // a row's bits do not depend on the other rows. With bf16 weights x is rounded to bf16 where the processor
 // multiplies pairs of bf16 numbers; it is read as float32 elsewhere.
@@ -256,13 +258,15 @@ void multiply(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t depth
 }
 
 // w [tiles, cells, kOuts, kPerCell], y [rows, tiles * kOuts]
-ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::BufferR0<ffi::S32> used,
                           ffi::ResultBuffer<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], tiles = w.dimensions()[0], cells = w.dimensions()[1];
+  const int64_t rows = std::clamp<int64_t>(used.typed_data()[0], 0, x.dimensions()[0]);
+  const int64_t depth = x.dimensions()[1], tiles = w.dimensions()[0], cells = w.dimensions()[1];
   if (ffi::ByteWidth(w.element_type()) != sizeof(NUMBER) || w.dimensions()[2] != kOuts || w.dimensions()[3] != kPerCell)
     return ffi::Error::InvalidArgument("matmul: the weights are not in tiles");
   if (depth > cells * kPerCell || y->dimensions()[1] != tiles * kOuts)
     return ffi::Error::InvalidArgument("matmul: wrong shapes");
+  std::fill(y->typed_data() + rows * tiles * kOuts, y->typed_data() + y->element_count(), 0.0f);
   const auto run = [&](auto unit) {
     multiply<decltype(unit)>(pool, x.typed_data(), rows, depth, static_cast<const Cell*>(w.untyped_data()), tiles, cells,
                              y->typed_data());
@@ -282,4 +286,9 @@ ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::An
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     matmul, jaxserve::matmul_handler,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>());
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::BufferR0<ffi::S32>>()
+        .Ret<ffi::Buffer<ffi::F32>>());

@@ -21,8 +21,8 @@ def operands(rows: int, depth: int, outs: int, dtype) -> tuple[np.ndarray, np.nd
 
 
 def run(x: np.ndarray, w: np.ndarray, implementation: str) -> np.ndarray:
-    multiply = jax.jit(matmul, static_argnums=(2, 3))
-    return np.asarray(multiply(x, keep(w, implementation), len(w), implementation))
+    multiply = jax.jit(matmul, static_argnums=(2, 4))
+    return np.asarray(multiply(x, keep(w, implementation), len(w), None, implementation))
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=pytest.mark.compiler)])
@@ -62,6 +62,16 @@ def test_every_16_bit_number_is_widened_right(place, dtype):
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("used", [0, 1, 5, 8, 9])
+def test_rows_of_padding_are_skipped(used):
+    x, w = operands(8, 64, 48, ml_dtypes.bfloat16)
+    x[used:] = np.nan
+    got = jax.jit(matmul, static_argnums=(2, 4))(x, keep(w, "cpu"), 48, jnp.int32(used), "cpu")
+    np.testing.assert_array_equal(np.asarray(got)[:used], run(x[:used], w, "cpu") if used else got[:0])
+    assert not np.asarray(got)[used:].any()
+
+
+@pytest.mark.compiler
 def test_weights_of_other_types_are_refused():
     with pytest.raises(TypeError, match="C\\+\\+ kernels read float32, bfloat16, float16, not int16"):
         run(np.ones((1, 4), np.float32), np.ones((2, 4), np.int16), "cpu")
@@ -70,7 +80,7 @@ def test_weights_of_other_types_are_refused():
 @pytest.mark.compiler
 def test_a_weight_that_is_not_in_tiles_is_refused():
     with pytest.raises(jax.errors.JaxRuntimeError, match="not in tiles"):
-        jax.block_until_ready(matmul(jnp.ones((1, 32)), jnp.ones((1, 8, 4, 1)), 4, "cpu"))
+        jax.block_until_ready(matmul(jnp.ones((1, 32)), jnp.ones((1, 8, 4, 1)), 4, None, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
