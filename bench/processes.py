@@ -1,0 +1,68 @@
+"""What a process and all its descendants take, from /proc."""
+
+import os
+import threading
+from pathlib import Path
+
+
+def tree(pid: int) -> list[int]:
+    """The process and its descendants, parents first; nothing of those that have ended."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [pid, *(each for child in children for each in tree(child))]
+
+
+def memory(pid: int) -> int:
+    """Bytes of resident memory of one process, pages of files included."""
+    return _status(pid, "VmRSS")
+
+
+def private_memory(pid: int) -> int:
+    """Bytes of anonymous memory: mapped files, as the model and the libraries, grow with what is touched."""
+    return _status(pid, "RssAnon")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that one process has used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class PeakMemory:
+    """Watches the resident memory of a process and its descendants, added up, until it is stopped."""
+
+    def __init__(self, pid: int, every: float = 0.25):
+        self.bytes = 0
+        self._pid = pid
+        self._every = every
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """The peak, in bytes."""
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        return self.bytes
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._every):
+            self._look()
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, sum(memory(pid) for pid in tree(self._pid)))
+
+
+def _status(pid: int, field: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
