@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve.bench.client import Record
+from jaxserve.bench.results import Step
 from jaxserve.errors import ConfigError
 
 PERCENTILES = (50, 90, 95, 99)
 OBJECTIVES = ("ttft", "tpot", "e2el")
-RESAMPLES = 1000
+RESAMPLES, AT_ONCE = 1000, 50
 
 Samples = dict[str, list[float]]
 """Metric -> its values: one of each request, step or iteration, or a single one of the whole run."""
@@ -19,27 +20,34 @@ Samples = dict[str, list[float]]
 
 class Metric(NamedTuple):
     title: str
+    short: str
+    digits: int = 1
     more_is_better: bool | None = False
     """None: neither."""
-    digits: int = 1
+    single: bool = False
+    """A run has one value of it."""
+
+
+def _rate(name: str, short: str = "", digits: int = 1) -> Metric:
+    return Metric(name, short or name, digits, more_is_better=True, single=True)
 
 
 METRICS = {
-    "output_throughput": Metric("output tokens/s", True),
-    "input_throughput": Metric("prompt tokens/s", True),
-    "request_throughput": Metric("requests/s", True, 2),
-    "request_goodput": Metric("requests/s that met the objectives", True, 2),
-    "ttft_ms": Metric("time to first token, ms"),
-    "tpot_ms": Metric("time per output token, ms"),
-    "itl_ms": Metric("time between events, ms"),
-    "e2el_ms": Metric("whole request, ms"),
-    "latency_ms": Metric("whole batch, ms"),
-    "step_ms": Metric("step, ms", digits=2),
-    "padding": Metric("padding, part of a step", digits=3),
-    "ready_s": Metric("until ready, s", digits=2),
-    "first_token_s": Metric("until the first token, s", digits=2),
-    "warm_s": Metric("until warm, s", digits=2),
-    "client_cpu_s": Metric("processor time of the client, s", None, 2),
+    "output_throughput": _rate("output tokens/s"),
+    "input_throughput": _rate("prompt tokens/s"),
+    "request_throughput": _rate("requests/s", digits=2),
+    "request_goodput": _rate("requests/s that met the objectives", "goodput, requests/s", 2),
+    "ttft_ms": Metric("time to first token, ms", "TTFT, ms"),
+    "tpot_ms": Metric("time per output token, ms", "TPOT, ms"),
+    "itl_ms": Metric("time between events, ms", "ITL, ms"),
+    "e2el_ms": Metric("whole request, ms", "request, ms"),
+    "latency_ms": Metric("whole batch, ms", "batch, ms"),
+    "step_ms": Metric("step, ms", "step, ms", 2),
+    "padding": Metric("padding, part of a step", "padding", 3, single=True),
+    "ready_s": Metric("until ready, s", "ready, s", 2, single=True),
+    "first_token_s": Metric("until the first token, s", "first token, s", 2, single=True),
+    "warm_s": Metric("until warm, s", "warm, s", 2, single=True),
+    "client_cpu_s": Metric("processor time of the client, s", "client, s", 2, None, single=True),
 }
 
 
@@ -68,12 +76,18 @@ def of_requests(
     return samples
 
 
+def of_steps(steps: Sequence[Step]) -> Samples:
+    """Times of steps, and which part of all their rows held no token."""
+    rows = sum(step.rows for step in steps)
+    return {
+        "step_ms": [1e3 * step.seconds for step in steps],
+        "padding": [1 - sum(step.tokens for step in steps) / rows],
+    }
+
+
 def summarise(samples: Samples) -> dict[str, Any]:
     """Single values as they are; of others the mean and percentiles."""
-    return {
-        name: values[0] if len(values) == 1 and name in _SINGLE else spread(values)
-        for name, values in samples.items()
-    }
+    return {name: values[0] if METRICS[name].single else spread(values) for name, values in samples.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -105,7 +119,7 @@ def parse_goodput(pairs: Iterable[str]) -> dict[str, float]:
 
 
 class Ratio(NamedTuple):
-    """B / A of a metric's median, and between what it lies with 95% certainty, if that can be told."""
+    """What B is to A in a percentile, and the range of 95% of what resampling makes of it, if it can."""
 
     a: float
     b: float
@@ -114,37 +128,41 @@ class Ratio(NamedTuple):
     high: float | None = None
 
 
-def compare(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0) -> Ratio | None:
-    """Rounds of samples of a metric, of two results; None where one has none.
+def compare(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], percent: float = 50, seed: int = 0
+) -> Ratio | None:
+    """Rounds of samples of a metric, of two results; None where one has none, or A's percentile is 0.
 
-    The interval is a bootstrap's: rounds are drawn again, and samples in them, and the medians divided.
+    The range is a bootstrap's: rounds are drawn again, and samples in them, and the percentiles divided.
     """
-    a, b = ([np.asarray(values) for values in rounds if len(values)] for rounds in (a, b))
-    if not a or not b:
+    first, second = ([np.asarray(values) for values in rounds if len(values)] for rounds in (a, b))
+    if not first or not second or not (base := _percentile(first, percent)):
         return None
-    of_a, of_b = float(_median(a)), float(_median(b))
-    if not of_a:
-        return None
-    whole = Ratio(of_a, of_b, of_b / of_a)
-    if min(sum(map(len, rounds)) for rounds in (a, b)) < 2:
+    whole = Ratio(base, _percentile(second, percent), _percentile(second, percent) / base)
+    if min(sum(map(len, rounds)) for rounds in (first, second)) < 2:
         return whole
     rng = np.random.default_rng(seed)
-    bases = [_median(_resample(rng, a)) for _ in range(RESAMPLES)]
-    ratios = [_median(_resample(rng, b)) / base for base in bases if base]
-    low, high = np.percentile(ratios, [2.5, 97.5]) if ratios else (None, None)
-    return whole._replace(low=low and float(low), high=high and float(high))
+    bases, others = (
+        np.concatenate([_resampled(rng, rounds, percent) for _ in range(RESAMPLES // AT_ONCE)])
+        for rounds in (first, second)
+    )
+    low, high = np.percentile((others / bases)[bases > 0], [2.5, 97.5])
+    return whole._replace(low=float(low), high=float(high))
 
 
-_SINGLE = ("output_throughput", "input_throughput", "request_throughput", "request_goodput", "client_cpu_s")
+def _percentile(rounds: Sequence[np.ndarray], percent: float) -> float:
+    return float(np.percentile(np.concatenate(rounds), percent))
 
 
-def _median(rounds: Sequence[np.ndarray]) -> float:
-    return float(np.median(np.concatenate(rounds)))
-
-
-def _resample(rng: np.random.Generator, rounds: Sequence[np.ndarray]) -> list[np.ndarray]:
-    drawn = [rounds[i] for i in rng.integers(len(rounds), size=len(rounds))]
-    return [values[rng.integers(len(values), size=len(values))] for values in drawn]
+def _resampled(rng: np.random.Generator, rounds: Sequence[np.ndarray], percent: float) -> np.ndarray:
+    """Percentiles [AT_ONCE] of samples drawn again, from rounds that are drawn again themselves."""
+    values = np.concatenate(rounds)
+    sizes = np.array([len(samples) for samples in rounds])
+    begins = np.cumsum(sizes) - sizes
+    drawn = rng.integers(len(rounds), size=(AT_ONCE, len(rounds), 1))
+    part = rng.random((AT_ONCE, len(rounds), max(1, len(values) // len(rounds))))
+    at = begins[drawn] + (part * sizes[drawn]).astype(int)
+    return np.percentile(values[at.reshape(AT_ONCE, -1)], percent, axis=1)
 
 
 def _tpot_ms(record: Record) -> float | None:

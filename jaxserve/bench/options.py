@@ -44,7 +44,7 @@ class Reporting(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.plots:
             from jaxserve.bench import plots
 
-            for path in plots.draw(result, Path(self.plots)):
+            for path in plots.draw([result], Path(self.plots)):
                 print(f"wrote {path}")
 
 

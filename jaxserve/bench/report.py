@@ -1,10 +1,12 @@
 """Results as text for a person."""
 
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
-from jaxserve.bench.metrics import METRICS, PERCENTILES, spread
+from jaxserve.bench.metrics import METRICS, PERCENTILES, Ratio, compare, spread
 from jaxserve.bench.results import Result, Run
+from jaxserve.errors import ConfigError
 
 COLUMNS = ("mean", *(f"p{p}" for p in PERCENTILES))
 
@@ -12,6 +14,16 @@ COLUMNS = ("mean", *(f"p{p}" for p in PERCENTILES))
 def show_run(run: Run) -> str:
     """One run: its rates, then a table of what varied."""
     return "\n".join(_lines(run))
+
+
+def show_together(runs: Sequence[Run]) -> str:
+    """Runs of one setting as one, in which what each has one value of varies too."""
+    together: dict[str, list[float]] = {}
+    for run in runs:
+        for name, values in run.samples.items():
+            together.setdefault(name, []).extend(values)
+    rows = {name: spread(values) for name, values in together.items()}
+    return "\n".join([f"{name_of(runs[0].setting)}: {len(runs)} times", *_table_of_spreads(rows)])
 
 
 def _lines(run: Run) -> Iterator[str]:
@@ -23,14 +35,19 @@ def _lines(run: Run) -> Iterator[str]:
         if METRICS[name].more_is_better is not None:  # the client's own is told below
             yield f"  {_number(name, value):>10}  {METRICS[name].title}"
     rows = {name: value for name, value in run.summary.items() if isinstance(value, dict)}
-    if rows:
-        width = max(len(METRICS[name].title) for name in rows)
-        yield f"  {'':{width}}" + "".join(f"{column:>11}" for column in COLUMNS)
-        for name, values in rows.items():
-            cells = "".join(f"{_number(name, values[column]):>11}" for column in COLUMNS)
-            yield f"  {METRICS[name].title:{width}}{cells}"
+    yield from _table_of_spreads(rows)
     if "events" in run.counts:
         yield from _client(run)
+
+
+def _table_of_spreads(rows: dict[str, Any]) -> Iterator[str]:
+    if not rows:
+        return
+    width = max(len(METRICS[name].title) for name in rows)
+    yield f"  {'':{width}}" + "".join(f"{column:>11}" for column in COLUMNS)
+    for name, values in rows.items():
+        cells = "".join(f"{_number(name, values[column]):>11}" for column in COLUMNS)
+        yield f"  {METRICS[name].title:{width}}{cells}"
 
 
 def _client(run: Run) -> Iterator[str]:
@@ -69,35 +86,76 @@ def settings(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
     return groups
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown with aligned columns: the first to the left, the others to the right."""
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Markdown with aligned columns: the first `texts` to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
-    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
-    return "\n".join([_row(titles, widths), rule, *(_row(row, widths) for row in rows)])
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
-    return "| " + " | ".join([first, *others]) + " |"
+    rule = [f":{'-' * (w - 1)}" if i < texts else f"{'-' * (w - 1)}:" for i, w in enumerate(widths)]
+    aligned = [
+        [f"{cell:{'<' if i < texts else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        for row in [titles, *rows]
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [aligned[0], rule, *aligned[1:]])
 
 
 def show_sweep(result: Result, metrics: Sequence[str]) -> str:
     """A row for each setting, all rounds together: the median of rates, p50 and p99 of what varied."""
     groups = settings(result.runs)
     names = [name for name in metrics if any(run.samples.get(name) for run in result.runs)]
-    single = [name for name in names if all(isinstance(run.summary.get(name), float) for run in result.runs)]
     titles = ["setting"]
     for name in names:
-        titles += [METRICS[name].title] if name in single else [f"{METRICS[name].title}: p50", "p99"]
+        titles += [METRICS[name].short] if METRICS[name].single else [f"{METRICS[name].short}: p50", "p99"]
     rows = []
     for setting, runs in groups:
         row = [name_of(setting)]
         for name in names:
             values = spread([value for run in runs for value in run.samples.get(name, [])])
-            columns = ("p50",) if name in single else ("p50", "p99")
+            columns = ("p50",) if METRICS[name].single else ("p50", "p99")
             row += [_number(name, values[column]) if values else "" for column in columns]
         rows.append(row)
     return table(titles, rows)
+
+
+def show_ranges(result: Result, metrics: Sequence[str]) -> str:
+    """A row for each setting: the median of its rounds, and the least and the most."""
+    names = [name for name in metrics if any(run.samples.get(name) for run in result.runs)]
+    rows = []
+    for setting, runs in settings(result.runs):
+        row = [name_of(setting) or result.label]
+        for name in names:
+            values = [value for run in runs for value in run.samples.get(name, [])]
+            middle, *ends = (_number(name, value) for value in (median(values), min(values), max(values)))
+            row.append(f"{middle} ({'-'.join(ends)})")
+        rows.append(row)
+    return table(["", *(METRICS[name].title for name in names)], rows)
+
+
+def show_comparison(a: Result, b: Result) -> str:
+    """A row for each metric of each setting that both have."""
+    groups_b = settings(b.runs)
+    rows = []
+    for setting, runs_a in settings(a.runs):
+        runs_b = next((runs for other, runs in groups_b if other == setting), [])
+        for name in (name for name in METRICS if any(run.samples.get(name) for run in runs_a)):
+            rounds = [[run.samples.get(name, []) for run in runs] for runs in (runs_a, runs_b)]
+            varied = any(len(values) > 1 for values in rounds[0])
+            for percent in (50, 99) if varied else (50,):
+                if ratio := compare(*rounds, percent):
+                    title = f"{METRICS[name].title}: p{percent}" if varied else METRICS[name].title
+                    rows.append([name_of(setting), title, *_cells(name, ratio)])
+    if not rows:
+        raise ConfigError("the two results have no setting in common")
+    titles = ["setting", "", "A", "B", "B / A", "95% range", "B is"]
+    return f"A: {a.label}\nB: {b.label}\n\n{table(titles, rows, texts=2)}"
+
+
+def _cells(metric: str, ratio: Ratio) -> list[str]:
+    """What is better is said where the whole range lies on one side of 1."""
+    low, high, more = ratio.low, ratio.high, METRICS[metric].more_is_better
+    verdict = ""
+    if low is not None and high is not None and more is not None and (low > 1 or high < 1):
+        verdict = "better" if (low > 1) == more else "worse"
+    shown = f"{low:.3f} to {high:.3f}" if low is not None else ""
+    return [_number(metric, ratio.a), _number(metric, ratio.b), f"{ratio.ratio:.3f}", shown, verdict]
 
 
 def _number(metric: str, value: float) -> str:

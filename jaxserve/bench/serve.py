@@ -29,6 +29,10 @@ POLL_SECONDS = 0.25
 
 
 class Options(Workload, kw_only=True, forbid_unknown_fields=True):
+    num_prompts: Annotated[
+        int | None,
+        about("requests in a run (4 for each at once, but 16 or more; without a limit at once 100)"),
+    ] = None
     base_url: Annotated[str, about("the server")] = "http://127.0.0.1:8000"
     model: Annotated[str | None, about("which of its models; by default the first")] = None
     api_key: Annotated[str | None, about("key for it (or $OPENAI_API_KEY)")] = None
@@ -61,7 +65,7 @@ class Options(Workload, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("duration", "burstiness", "timeout", "rounds"):
+        for name in ("num_prompts", "duration", "burstiness", "timeout", "rounds"):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be above 0, not {value}")
         for name in ("max_concurrency", "request_rate"):
@@ -219,11 +223,11 @@ async def ready(http: "aiohttp.ClientSession", base: str, options: Options) -> s
     """Wait until the server can be measured; the model to ask. Raises JaxserveError when time is up."""
     deadline = time.monotonic() + options.ready_check_timeout_sec
     while True:
-        problem, models = await _probe(http, f"{base}/v1/models")
+        problem, models = await probe(http, f"{base}/v1/models")
         if not problem or (options.model and problem.startswith("HTTP 4")):
             # only jaxserve has this route and says more than yes: it compiles on while it serves
-            problem, state = await _probe(http, f"{base}/ready")
-            if problem.startswith("HTTP 4") or (not problem and _is_warm(state)):
+            problem, state = await probe(http, f"{base}/ready")
+            if problem.startswith("HTTP 4") or (not problem and is_warm(state)):
                 break
             problem = problem or "it is still compiling"
         if time.monotonic() > deadline:
@@ -237,11 +241,11 @@ async def ready(http: "aiohttp.ClientSession", base: str, options: Options) -> s
     return names[0]
 
 
-def _is_warm(state: Any) -> bool:
+def is_warm(state: Any) -> bool:
     return not isinstance(state, dict) or state.get("engine", "warm") == "warm"
 
 
-async def _probe(http: "aiohttp.ClientSession", url: str) -> tuple[str, Any]:
+async def probe(http: "aiohttp.ClientSession", url: str) -> tuple[str, Any]:
     """What is wrong with an answer, and what it says."""
     import aiohttp
 

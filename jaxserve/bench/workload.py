@@ -54,10 +54,6 @@ class Ask(NamedTuple):
 class Workload(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the requests are like."""
 
-    num_prompts: Annotated[
-        int | None,
-        about("requests in a run (4 for each at once, but 16 or more; without a limit at once 100)"),
-    ] = None
     dataset_name: Annotated[
         Literal["random", "sharegpt-like"],
         about("lengths of random prompts: alike, or as long-tailed as people's conversations"),
@@ -78,7 +74,7 @@ class Workload(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     num_prefixes: Annotated[int, about("how many different such beginnings there are")] = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "output_len", "num_prefixes"):
+        for name in ("input_len", "output_len", "num_prefixes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")

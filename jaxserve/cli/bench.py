@@ -7,6 +7,10 @@ from jaxserve.cli.flags import Parser
 
 BENCHMARKS = {
     "serve": "an OpenAI-compatible server, here or elsewhere, under load",
+    "throughput": "an engine in this process, given all requests at once",
+    "latency": "one batch through an engine in this process, again and again",
+    "startup": "a server's start, until its first token and until it is warm",
+    "compare": "two results of the same kind",
 }
 
 

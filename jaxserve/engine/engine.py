@@ -43,6 +43,7 @@ class Engine:
             made.pop_all()
         hello = self._cores[0].hello
         self.max_model_len = hello.max_model_len
+        self.vocab_size = hello.vocab_size
         self._processor = OutputProcessor(
             self.tokenizer,
             eos,

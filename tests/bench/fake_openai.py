@@ -1,7 +1,7 @@
-"""A server that streams as its URL says: `http://host:port/MANNER/v1/…`. As a script, on the port given.
+"""A server that streams as its URL says: `http://host:port/MANNER/v1/…`, or plainly without MANNER.
 
-A request is answered with `max_tokens` events of one token each, PAUSE seconds apart, unless the manner says
-otherwise.
+As a script it listens on the port given. A request is answered with `max_tokens` events of one token each,
+PAUSE seconds apart, unless the manner says otherwise.
 """
 
 import asyncio
@@ -51,7 +51,8 @@ class FakeServer:
                 method, path, _ = first.split(" ")
                 headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                _, manner, _, *what = path.split("/")
+                manner, _, rest = path.strip("/").partition("v1/")
+                manner, what = manner.strip("/") or "ok", rest.split("/")
                 chat = what == ["chat", "completions"]
                 if method == "GET":
                     self._get(writer, manner, what)
