@@ -153,6 +153,8 @@ def draw(results: Results, path: Path) -> None:
     for axis, metric in zip(axes[0], ("output", "prefill"), strict=True):
         for peer in results.peers:
             counts = [n for n in sorted(results.sequences) if results.values(peer, metric, n)]
+            if not counts:
+                continue
             low, middle, high = zip(*(results.values(peer, metric, n) for n in counts), strict=True)
             error = [_less(middle, low), _less(high, middle)]
             axis.errorbar(counts, middle, error, label=peer, marker="o", capsize=3)

@@ -114,7 +114,7 @@ class Client:
         return record
 
     async def _stream(self, body: bytes, start: float, record: Record) -> None:
-        async with self._session.post(self._url, data=body) as response:
+        async with await self._post(body) as response:
             if response.status != 200:
                 raise Failure(f"HTTP {response.status}", (await response.text())[:DETAIL])
             if response.content_type != "text/event-stream":
@@ -129,6 +129,17 @@ class Client:
                         ended |= self._take(line[5:].strip(), now, record)
         if not ended:
             raise Failure("disconnected", "the stream ended before it was finished")
+
+    async def _post(self, body: bytes) -> "aiohttp.ClientResponse":
+        """Again, where a kept connection turns out to be closed: llama.cpp closes it after a stream."""
+        import aiohttp
+
+        try:
+            return await self._session.post(self._url, data=body)
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError):
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            return await self._session.post(self._url, data=body)
 
     def _take(self, data: bytes, now: float, record: Record) -> bool:
         """Note one event; whether it says that the stream is finished."""

@@ -133,3 +133,27 @@ def test_an_open_loop_times_from_when_a_request_was_due(fake):
 def test_an_open_loop_ends_with_its_time(fake):
     records = loop(fake, lambda c: client.open_loop(c, asks(9), [0.0, 0.01, 5.0], None, 1.0))
     assert len(records) == 2
+
+
+def test_a_server_that_closes_the_connection_after_each_stream():
+    """Without saying so ahead, as llama.cpp does: the next request finds it closed, and is sent again."""
+    event = b'data: {"choices": [{"text": "a", "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(event)
+    asked = 0
+
+    async def answer(reader, writer):
+        nonlocal asked
+        await reader.readuntil(b'"stream"')
+        asked += 1
+        writer.write(head + event)
+        writer.close()
+
+    async def go():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, aiohttp.ClientSession() as http:
+            one = Client(http, f"http://127.0.0.1:{port}", "completions", "m", {})
+            return [await one.send(Ask("a prompt", 2, 1), begin=0.0) for _ in range(5)]
+
+    assert [record.error for record in asyncio.run(go())] == [None] * 5
+    assert asked == 5
