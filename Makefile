@@ -47,4 +47,5 @@ define install
 @$(PYTHON) -m venv $(VENV)
 @echo "installing jaxserve$(if $(1),[$(1)]) into $(VENV)"
 @$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(1),[$(1)])'
+@$(BIN)/jaxserve compile --native-only
 endef

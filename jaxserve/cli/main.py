@@ -12,6 +12,7 @@ from jaxserve.errors import JaxserveError
 COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible API",
     "chat": "chat with a model in the terminal",
+    "compile": "compile what a server would, ahead of its start",
     "plan": "say what a model takes on a device and what then fits, before anything is loaded",
     "pull": "fetch a model",
     "models": "list the models that are here",

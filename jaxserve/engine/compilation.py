@@ -85,6 +85,8 @@ class Shelf:
         platform = devices[0].client.platform_version
         self._facts = "\n".join(map(str, (_sources(), *_versions(), platform, self._devices, *facts)))
         self._folder = cache_dir()
+        self.bytes = 0
+        """Of all programs that were read or written."""
 
     def get(self, name: str) -> Any | None:
         """The program of that name."""
@@ -106,6 +108,7 @@ class Shelf:
         except Exception as error:  # of many kinds, and all mean that it is to be compiled
             log.warning("%s is made anew: %s", path, error)
             return None
+        self._add(content)
         with contextlib.suppress(OSError):
             os.utime(path)  # used last
         return program
@@ -119,10 +122,16 @@ class Shelf:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 made = Path(scratch) / path.name
-                made.write_bytes(hashlib.sha256(body).digest() + body)
+                content = hashlib.sha256(body).digest() + body
+                made.write_bytes(content)
                 os.replace(made, path)
+            self._add(content)
         except Exception as error:  # the disk's, or of what cannot be serialised
             log.warning("a compiled program cannot be kept, and the next start compiles it again: %s", error)
+
+    def _add(self, content: bytes) -> None:
+        with _lock:
+            self.bytes += len(content)
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(f"{self._facts}\n{name}".encode()).hexdigest()

@@ -74,6 +74,7 @@ class Programs:
         self.admit_layout = AdmitLayout(shapes.table_width)
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
+        self.attention = model.kernels.attention
         self._functions = model.functions()
         self._kernels = model.kernels
         self._mesh = model.mesh
@@ -123,6 +124,11 @@ class Programs:
     def count(self) -> int:
         """Programs that are ready."""
         return len(self._forward) + len(self._sample) + 1
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of the programs that are kept."""
+        return self._shelf.bytes if self._shelf else 0
 
     @property
     def ready(self) -> list[Bucket]:

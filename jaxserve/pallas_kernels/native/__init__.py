@@ -100,7 +100,7 @@ def prepare(*kernels: Kernel) -> None:
 def find(kernel: Kernel) -> Path | None:
     """A kernel's library, if it has been compiled here and is whole. Raises NativeError."""
     try:
-        for path in _shelf().glob(f"{kernel.name}-{_digest(kernel)}-*.so"):
+        for path in shelf().glob(f"{kernel.name}-{_digest(kernel)}-*.so"):
             if path.stem.endswith(f"-{_hash(path.read_bytes())}"):
                 return path
             log.warning("%s is damaged: it is made anew", path)
@@ -168,7 +168,7 @@ def _library(kernel: Kernel) -> _Library:
     with compiling:
         if kernel not in _known:
             try:
-                path = find(kernel) or build(kernel, _shelf())
+                path = find(kernel) or build(kernel, shelf())
                 _known[kernel] = _Library(path, _digest(kernel))
             except NativeError as error:
                 _known[kernel] = error
@@ -180,14 +180,16 @@ def _library(kernel: Kernel) -> _Library:
     return found
 
 
-def _shelf() -> Path:
+def shelf() -> Path:
+    """Where the libraries are."""
     return home() / "native"
 
 
 def _digest(kernel: Kernel) -> str:
     """Of all that a library is made from, and of the processor it is made for."""
     parts = [*FLAGS, kernel.number, jaxlib.__version__, processor.identity()]
-    sources = (kernel.source, *sorted(HEADERS.glob("*.h")))
+    headers = [*HEADERS.glob("*.h"), *kernel.source.parent.glob("*.h")]
+    sources = (kernel.source, *sorted(headers))
     return _hash("\n".join(parts).encode(), *(file.read_bytes() for file in sources))
 
 
