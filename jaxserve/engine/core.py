@@ -6,6 +6,7 @@ while the host thinks. Which tokens come next is known to the device; the host o
 
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,10 +16,10 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import compilation
+from jaxserve.engine import compilation, pages
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
-from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
+from jaxserve.engine.devices import CPU, make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
@@ -88,6 +89,9 @@ class EngineCore:
                 self.model.load(checkpoint)
         del checkpoint  # and with it the files that are mapped
         self._kv, self._slots = self._programs.empty_state()
+        if platform is CPU and mesh.size == 1:
+            pools = [(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in self._kv]
+            threading.Thread(target=self._take_memory, args=(pools,), name="memory", daemon=True).start()
         self.steps = 0
         self._left_out: list[str] = []
         if config.deterministic:
@@ -108,6 +112,11 @@ class EngineCore:
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
+
+    def _take_memory(self, pools: list[tuple[int, int]]) -> None:
+        """All that the pool may ever hold, once there is time for it: load is to find no memory missing."""
+        if self._programs.wait_until_warm():
+            pages.take(pools)
 
     @property
     def state(self) -> Literal["ready", "warm"]:

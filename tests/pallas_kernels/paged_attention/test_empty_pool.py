@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.engine import pages
 from jaxserve.pallas_kernels.paged_attention import PoolShape, empty_pool
 
 pytestmark = pytest.mark.compiler
@@ -29,11 +30,13 @@ def test_it_is_zero_where_something_was_before(blocks, dtype):
         written.delete()
 
 
-def test_memory_is_taken_when_it_is_written_to():
-    def resident() -> int:
-        with open("/proc/self/statm") as counts:
-            return int(counts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm") as counts:
+        return int(counts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+
+def test_memory_is_taken_when_it_is_written_to():
     shape = PoolShape(4096, 1, 64, 128, jnp.dtype(jnp.float32))  # 256 MiB
     make(shape._replace(num_blocks=1))
     before = resident()
@@ -41,3 +44,14 @@ def test_memory_is_taken_when_it_is_written_to():
     assert resident() - before < 2**26 < pool.nbytes
     pool = jax.jit(lambda x: x.at[7].set(1.0), donate_argnums=0)(pool)
     assert float(pool[7].min()) == 1.0 and not np.asarray(pool[8:]).any()
+
+
+def test_memory_can_be_taken_before_while_the_pool_is_in_use():
+    pool = jax.block_until_ready(make(PoolShape(1024, 1, 64, 128, jnp.dtype(jnp.float32))))  # 64 MiB
+    pool = jax.block_until_ready(jax.jit(lambda x: x.at[7].set(1.0), donate_argnums=0)(pool))
+    before = resident()
+    pages.take([(pool.unsafe_buffer_pointer(), pool.nbytes)])
+    assert resident() - before > 0.9 * pool.nbytes
+    found = np.asarray(pool)
+    assert found[7].all() and not found[:7].any() and not found[8:].any()
+    pages.take([(0, 2**30)])  # what is not there is no harm

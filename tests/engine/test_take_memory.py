@@ -1,0 +1,23 @@
+"""An engine takes all of its pool's memory, but not before its programs are made."""
+
+import threading
+
+from jaxserve import Engine
+from jaxserve.engine import pages
+
+
+def test_the_whole_pool_is_taken_after_the_last_program(model_dir, monkeypatch):
+    taken, asked = [], threading.Event()
+
+    def take(places):
+        taken.extend(places)
+        asked.set()
+
+    monkeypatch.setattr(pages, "take", take)
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128, "num_blocks": 33}
+    with Engine(str(model_dir), dtype="float32", **options) as engine:
+        core = engine._cores[0]
+        assert not asked.is_set() or core.state == "warm"
+        assert asked.wait(300) and core.state == "warm"
+        pools = {(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in core._kv}
+    assert set(taken) == pools
