@@ -9,6 +9,7 @@ next larger one serves.
 import hashlib
 import logging
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Chunk
 from jaxserve.engine.step import KV, Slots, Weights
 from jaxserve.errors import ConfigError
+from jaxserve.pallas_kernels.paged_attention import read
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ class _Probing:
         self.kv, self.slots = kv, slots
         self._programs, self._weights = programs, weights
         self._random = np.random.default_rng(0)
-        self._read = jax.jit(lambda pool, blocks, offsets: pool[blocks, :, :, offsets])
+        self._read = jax.jit(partial(read, implementation=programs.attention))
         shapes, size = programs.shapes, programs.shapes.pool.block_size
         # a small pool has room for little here, as it has later
         capacity = shapes.pool.num_blocks - 1

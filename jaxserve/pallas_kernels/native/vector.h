@@ -129,6 +129,16 @@ inline void round(const float* from, int64_t count, BFloat16* to) {
 inline void round(const float* from, int64_t count, float* to) { std::memcpy(to, from, 4 * count); }
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+// Rounded to the nearest, the even one of two.
+inline void store(BFloat16* p, Floats v) {
+#ifdef __AVX512BF16__
+  const auto rounded = _mm512_cvtneps_pbh(v);
+#else
+  const Words bits = bits_as<Words>(v), up = bits + 0x7fffu + (bits >> 16 & 1);
+  const Halves rounded = __builtin_convertvector((v == v ? up : bits | 0x400000u) >> 16, Halves);  // a NaN stays one
+#endif
+  std::memcpy(p, &rounded, sizeof rounded);
+}
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 

@@ -21,6 +21,7 @@ __all__ = [
     "empty_pool",
     "paged_attention",
     "ragged_meta",
+    "read",
 ]
 
 Implementation = Literal["reference", "xla", "gpu", "cpu"]
@@ -85,3 +86,12 @@ def paged_attention(
     from jaxserve.pallas_kernels.paged_attention import xla
 
     return xla.paged_attention(q, k, v, pool, meta, **options)
+
+
+def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array, implementation: Implementation) -> jax.Array:
+    """Keys and values `[N, 2, kv_heads, dim]` in these slots of these blocks, as the pool stores them."""
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.paged_attention import cpu
+
+        return cpu.read(pool, blocks, slots)
+    return pool[blocks, :, :, slots]

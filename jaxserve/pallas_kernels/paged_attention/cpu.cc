@@ -2,27 +2,22 @@
 // The pool, and what is written to it, is of type NUMBER.
 //
 // A task is a tile of query rows (some tokens of one sequence, with all query heads of one KV head, so that a
-// key is widened once for all of them) over some splits of the context. Within a split the softmax runs online,
-// a chunk of keys after the other; splits are merged in their order. Chunks and splits lie at fixed positions
-// of the sequence and every number is made by the same operations in the same order, so the bits of a row do
-// not depend on its tile, on the batch or on the threads: what a row may not see has a weight of exactly 0 (and the
-// values are finite).
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+// key is read once for all of them) over its context, split by split: products with the keys, weights, products
+// with the values. Splits are merged in their order. They lie at fixed positions of the sequence and every number
+// is made by the same operations in the same order, so the bits of a row do not depend on its tile, on the batch
+// or on the threads: what a row may not see has a weight of exactly 0 (and the values are finite).
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 #include <memory>
+#include <thread>
+#include <type_traits>
 #include <vector>
 
-#include "functions.h"
 #include "parallel.h"
+#include "pool.h"
 #include "product.h"
+#include "softmax.h"
 #include "vector.h"
 
 namespace ffi = xla::ffi;
@@ -30,84 +25,31 @@ namespace ffi = xla::ffi;
 namespace jaxserve {
 namespace {
 
-constexpr int64_t kChunk = 64;
-// Single rows are cut here into several tasks.
-constexpr int64_t kSplit = 4 * kChunk;
+constexpr int64_t kSplit = 256;
 // Rows of a tile, at most (but all heads of a token): what it works on fits the second cache.
 constexpr int64_t kTileRows = 96;
 // And at least as many, if there are too few tiles for the threads.
 constexpr int64_t kFewRows = 24;
 constexpr int64_t kRowsPerWrite = 64;
-constexpr float kNever = -1e30f;
+
+constexpr int64_t down(int64_t n, int64_t step) { return n / step * step; }
+constexpr int64_t up(int64_t n, int64_t step) { return down(n + step - 1, step); }
 
 struct Batch {
-  int64_t rows, heads, kv_heads, group, dim, block_size, table_width, seqs;
+  int64_t rows, heads, kv_heads, group, dim, table_width, seqs;
   int64_t width;         // dim, rounded up to whole vectors
   const float* q;        // [rows, heads, dim]
   const float* sinks;    // [heads] or null
   const float* alibi;    // [heads] or null
   const int32_t *tables, *starts, *q_lens, *q_rows, *row_seq, *row_pos;  // see meta.py
-  float scale, soft_cap;
+  Logits logits;
   int64_t window;
   float* out;            // [rows, heads, dim]
 
   int64_t first_visible(int64_t pos) const { return window ? std::max<int64_t>(0, pos - window + 1) : 0; }
-
-  // Where the pool [blocks, 2, kv_heads, block_size, dim] has the key of a position; its value is `to_value` on.
-  int64_t slot(int64_t seq, int64_t kv_head, int64_t pos) const {
-    const int64_t block = tables[seq * table_width + pos / block_size];
-    return ((block * 2 * kv_heads + kv_head) * block_size + pos % block_size) * dim;
-  }
-  int64_t to_value() const { return kv_heads * block_size * dim; }
 };
 
-// ---- A softmax under way
-
-struct alignas(64) Line {
-  float numbers[16];
-};
-
-// Memory of floats that begins with a line of the cache.
-class Memory {
- public:
-  float* of(int64_t count) {
-    const size_t lines = (count + 15) / 16;
-    if (lines_.size() < lines) lines_.resize(lines);
-    return reinterpret_cast<float*>(lines_.data());
-  }
-
- private:
-  std::vector<Line> lines_;
-};
-
-// For each row: weighted values (not yet divided), the largest logit that its weights are relative to, their sum.
-struct Softmax {
-  float *values, *top, *mass;
-  Softmax(float* memory, int64_t rows, int64_t width)
-      : values(memory), top(memory + rows * width), mass(top + rows) {}
-  static int64_t size(int64_t rows, int64_t width) { return rows * (width + 2); }
-};
-
-// One that has seen nothing but `sinks` [group], if not null.
-void begin(const Batch& b, const Softmax& s, int64_t rows, const float* sinks) {
-  std::fill_n(s.values, rows * b.width, 0.0f);
-  std::fill_n(s.mass, rows, sinks ? 1.0f : 0.0f);
-  for (int64_t r = 0; r < rows; ++r) s.top[r] = sinks ? sinks[r % b.group] : kNever;
-}
-
-// What two softmaxes of the same rows have seen, the second's after the first's.
-void merge(const Batch& b, const Softmax& all, const Softmax& more, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float top = std::max(all.top[r], more.top[r]);
-    const Floats keep = exp(broadcast(all.top[r] - top)), take = exp(broadcast(more.top[r] - top));
-    float *to = all.values + r * b.width, *from = more.values + r * b.width;
-    for (int64_t d = 0; d < b.width; d += kLanes) store(to + d, fused(load(to + d), keep, load(from + d) * take));
-    all.mass[r] = std::fma(all.mass[r], keep[0], more.mass[r] * take[0]);
-    all.top[r] = top;
-  }
-}
-
-// ---- One tile and one split of its context
+// ---- A tile of rows
 
 // The query heads of a KV head in some of a sequence's rows; row r is head r % group of token r / group.
 struct Tile {
@@ -122,174 +64,200 @@ struct Tile {
   int64_t end_pos() const { return first_pos + tokens; }
   int64_t first_split(const Batch& b) const { return b.first_visible(first_pos) / kSplit; }
   int64_t end_split() const { return (end_pos() - 1) / kSplit + 1; }
+  int64_t splits(const Batch& b) const { return end_split() - first_split(b); }
   // Where its first row is in q and in the output.
   int64_t offset(const Batch& b) const {
     return ((b.q_rows[seq] + token) * b.heads + kv_head * b.group) * b.dim;
   }
 };
 
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// Memory that begins with a line of the cache, and is kept for the next task.
+class Memory {
+ public:
+  template <class T>
+  T* of(int64_t count) {
+    const size_t lines = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+    if (lines_.size() < lines) lines_.resize(lines);
+    return reinterpret_cast<T*>(lines_.data());
+  }
+
+ private:
+  std::vector<Line> lines_;
+};
+
 struct Scratch {
-  Memory queries, keys, values, weights, masses, part, all;
+  Memory queries, keys, values, tail, logits, weights, part, all;
 };
 
-// Keys (or values) of a chunk, where the pool has them. Those outside [first, end) may be read, but not used.
-template <class Number>
-struct Chunk {
-  int64_t start, first, end;
-  const Number* keys[kChunk];
-
-  Chunk(const Batch& b, const Number* pool, const Tile& t, int64_t start, int64_t first, int64_t end)
-      : start(start), first(first), end(end) {
-    for (int64_t i = first; i < end;) {
-      const Number* key = pool + b.slot(t.seq, t.kv_head, start + i);
-      for (int64_t left = b.block_size - (start + i) % b.block_size; left > 0 && i < end; --left, ++i, key += b.dim)
-        keys[i] = key;
-    }
-    std::fill(keys, keys + first, keys[first]);
-    std::fill(keys + end, keys + kChunk, keys[first]);
-  }
-};
-
-// Four numbers of each of p[0], p[4], p[8]…, beginning with number d.
-template <class Number>
-inline Floats load_fours(const Number* const* p, int64_t d) {
-  if constexpr (sizeof(Number) == 2) {
-    using Fours = uint64_t __attribute__((vector_size(2 * kLanes)));
-    Fours fours = {};
-    for (int i = 0; i < kLanes / 4; ++i) fours[i] = read<uint64_t>(p[4 * i] + d);
-    Number numbers[kLanes];
-    std::memcpy(numbers, &fours, sizeof numbers);
-    return load(numbers);
-  } else {
-    Number fours[kLanes];
-    for (int i = 0; i < kLanes / 4; ++i) std::memcpy(fours + 4 * i, p[4 * i] + d, 4 * sizeof(Number));
-    return load(fours);
-  }
-}
-
-// Asks memory for a key or value that is needed soon: what is in its block of the pool is new to the processor.
-template <class Number>
-inline void prefetch(const Number* p, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / sizeof(Number)) __builtin_prefetch(p + d);
-}
-
-// to [dim, kChunk]: a lane per key, so that a row of it times one number of a query adds to many logits.
-template <class Number>
-void widen_keys(const Batch& b, const Chunk<Number>& chunk, float* to) {
-  const int64_t dim = b.dim, to_value = b.to_value();
-  for (int64_t key = 0; key < chunk.end; key += kLanes) {
-    const Number* const* keys = chunk.keys + key;
-    for (int i = 0; i < kLanes; ++i) prefetch(keys[i] + to_value, dim);
-    int64_t d = 0;
-    for (; d + 4 <= dim; d += 4) {
-      Floats v[4];
-      for (int i = 0; i < 4; ++i) v[i] = load_fours(keys + i, d);
-      transpose_fours(v);
-      for (int i = 0; i < 4; ++i) store(to + (d + i) * kChunk + key, v[i]);
-    }
-    for (; d < dim; ++d)
-      for (int i = 0; i < kLanes; ++i) to[d * kChunk + key + i] = widen(keys[i][d]);
-  }
-}
-
-// to [kChunk, width], with zeros after dim; only [first, end).
-template <class Number>
-void widen_values(const Batch& b, const Chunk<Number>& chunk, const Chunk<Number>& next, float* to) {
-  const int64_t dim = b.dim, width = b.width, to_value = b.to_value();
-  for (int64_t i = chunk.first; i < chunk.end; ++i) {
-    prefetch(next.keys[i], dim);
-    const Number* from = chunk.keys[i] + to_value;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(to + i * width + d, load(from + d));
-    if (d < dim) store(to + i * width + d, load_some(from + d, dim - d));
-  }
-}
-
-// to [rows, dim]: the tile's queries, scaled.
-void gather_queries(const Batch& b, const Tile& t, float* to) {
+// to [rows, depth]: the tile's queries, with zeros after dim.
+template <class Factor>
+void gather_queries(const Batch& b, const Tile& t, int64_t depth, Factor* to) {
   const float* from = b.q + t.offset(b);
-  for (int64_t i = 0; i < t.tokens; ++i, from += b.heads * b.dim)
-    for (int64_t d = 0; d < b.group * b.dim; ++d) *to++ = from[d] * b.scale;
-}
-
-// Logits of one row and chunk become weights, and what the row has so far becomes relative to its new top.
-// `ahead`: position of the chunk's first key minus the row's; keys in [first, end) are visible.
-void soften(const Batch& b, float* logits, int64_t ahead, int64_t first, int64_t end, float slope, float& top,
-            float* mass, float* values) {
-  constexpr int kVectors = kChunk / kLanes;
-  Floats x[kVectors], most = broadcast(kNever);
-  for (int i = 0; i < kVectors; ++i) {
-    x[i] = load(logits + i * kLanes);
-    if (b.soft_cap) x[i] = b.soft_cap * tanh(x[i] / b.soft_cap);
-    const Ints keys = lane_numbers() + i * kLanes;
-    if (slope) x[i] = fused(__builtin_convertvector(keys + int32_t(ahead), Floats), broadcast(slope), x[i]);
-    x[i] = (keys >= int32_t(first)) & (keys < int32_t(end)) ? x[i] : broadcast(kNever);
-    most = larger(x[i], most);
+  for (int64_t r = 0; r < t.rows; ++r, to += depth) {
+    round(from + (r / b.group * b.heads + r % b.group) * b.dim, b.dim, to);
+    std::fill(to + b.dim, to + depth, Factor{});
   }
-  const float higher = largest(most);
-  if (higher > top) {
-    const Floats keep = exp(broadcast(top - higher));
-    for (int64_t d = 0; d < b.width; d += kLanes) store(values + d, load(values + d) * keep);
-    store(mass, load(mass) * keep);
-    top = higher;
-  }
-  Floats sums = {};
-  for (int i = 0; i < kVectors; ++i) {
-    const Floats weights = exp(x[i] - top);
-    sums += weights;
-    store(logits + i * kLanes, weights);
-  }
-  store(mass, load(mass) + sums);
-}
-
-// The softmax of a tile's rows over one split of their context.
-template <class Number>
-void attend_split(const Batch& b, const Number* pool, const Tile& t, int64_t split, Scratch& scratch,
-                  const Softmax& s) {
-  const int64_t rows = t.rows;
-  const int64_t split_first = std::max(split * kSplit, b.first_visible(t.first_pos));
-  const int64_t split_end = std::min((split + 1) * kSplit, t.end_pos());
-  const float* alibi = b.alibi ? b.alibi + t.kv_head * b.group : nullptr;
-  const float* queries = scratch.queries.of(rows * b.dim);
-  float *keys = scratch.keys.of(b.dim * kChunk), *values = scratch.values.of(kChunk * b.width);
-  float *weights = scratch.weights.of(rows * kChunk), *masses = scratch.masses.of(rows * kLanes);
-  begin(b, s, rows, nullptr);
-  std::fill_n(masses, rows * kLanes, 0.0f);
-
-  const auto chunk_at = [&](int64_t start) {
-    return Chunk<Number>(b, pool, t, start, std::max(split_first - start, int64_t{0}),
-                         std::min(split_end - start, kChunk));
-  };
-  Chunk<Number> next = chunk_at(split_first / kChunk * kChunk);
-  for (int64_t start = next.start; start < split_end; start += kChunk) {
-    const Chunk<Number> chunk = next;
-    if (start + kChunk < split_end) next = chunk_at(start + kChunk);
-    widen_keys(b, chunk, keys);
-    const int64_t cols = (chunk.end + kLanes - 1) / kLanes * kLanes;
-    multiply({queries, b.dim, keys, kChunk, b.dim, weights, kChunk, false}, rows, cols);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t pos = t.first_pos + r / b.group;
-      const int64_t first = std::max(b.first_visible(pos) - start, chunk.first);
-      const int64_t end = std::min(pos + 1 - start, chunk.end);
-      if (first < end)
-        soften(b, weights + r * kChunk, start - pos, first, end, alibi ? alibi[r % b.group] : 0.0f, s.top[r],
-               masses + r * kLanes, s.values + r * b.width);
-      else
-        std::fill_n(weights + r * kChunk, kChunk, 0.0f);
-    }
-    widen_values(b, chunk, next, values);
-    multiply({weights + chunk.first, kChunk, values + chunk.first * b.width, b.width, chunk.end - chunk.first,
-              s.values, b.width, true},
-             rows, b.width);
-  }
-  for (int64_t r = 0; r < rows; ++r) s.mass[r] = sum(load(masses + r * kLanes));
 }
 
 void write_out(const Batch& b, const Tile& t, const Softmax& s) {
   for (int64_t r = 0; r < t.rows; ++r) {
     float* row = b.out + t.offset(b) + (r / b.group * b.heads + r % b.group) * b.dim;
-    for (int64_t d = 0; d < b.dim; ++d) row[d] = s.values[r * b.width + d] / s.mass[r];
+    const float share = 1.0f / s.mass[r];
+    for (int64_t d = 0; d < b.dim; ++d) row[d] = s.values[r * s.width + d] * share;
   }
+}
+
+// ---- One tile and one split of its context
+
+// A tile's keys and values in one split: where the pool has them if its shape is one that products take, or
+// else copied and padded. Positions count from the split's first.
+template <class Form>
+class Context {
+ public:
+  using Number = typename Form::Number;
+  // Products take whole steps of positions (as columns of keys, as depth of values) and of dim.
+  static constexpr int64_t kStep = std::max(Form::kDepthStep, Form::kColStep);
+
+  Span used;    // that some row may see
+  Span padded;  // in whole steps
+
+  Context(const Batch& b, const Pool<Number>& pool, const Tile& t, int64_t split, Scratch& scratch)
+      : pool_(pool), table_(b.tables + t.seq * b.table_width + split * kSplit / pool.block_size),
+        offset_(split * kSplit % pool.block_size), head_(t.kv_head) {
+    used.first = std::max<int64_t>(b.first_visible(t.first_pos) - split * kSplit, 0);
+    used.end = std::min(t.end_pos() - split * kSplit, kSplit);
+    padded = {down(used.first, kStep), up(used.end, kStep)};
+    if (pool.block_size % kStep == 0 && pool.dim % kStep == 0)
+      find(scratch);
+    else
+      copy(b, scratch);
+  }
+
+  struct Keys {
+    Steps<Number> steps;
+    int64_t stride;
+    Span columns;
+  };
+  int64_t key_parts() const { return key_parts_; }
+  const Keys& keys(int64_t part) const { return keys_[part]; }
+  int64_t value_parts() const { return value_parts_; }
+  const Steps<Number>* values() const { return values_; }
+  int64_t value_stride() const { return value_stride_; }
+
+ private:
+  static constexpr int64_t kCell = Pool<Number>::kCell;
+
+  // Calls body(block, its slot, span) for what each block has of some positions.
+  template <class Body>
+  void for_blocks(Span positions, const Body& body) const {
+    for (int64_t i = positions.first; i < positions.end;) {
+      const int64_t slot = (offset_ + i) % pool_.block_size;
+      const int64_t end = std::min(i + pool_.block_size - slot, positions.end);
+      body(table_[(offset_ + i) / pool_.block_size], slot, Span{i, end});
+      i = end;
+    }
+  }
+
+  void find(Scratch& scratch) {
+    for_blocks(padded, [&](int64_t block, int64_t slot, Span span) {
+      const Number* cells = pool_.keys(block, head_) + slot * kCell;
+      keys_[key_parts_++] = {{cells, pool_.dim / kCell}, pool_.key_stride(), span};
+    });
+    value_stride_ = pool_.value_stride();
+    const int64_t whole = down(used.end, Form::kDepthStep);
+    for_blocks({padded.first, whole}, [&](int64_t block, int64_t slot, Span span) {
+      const Number* cells = pool_.values(block, head_) + slot / kCell * value_stride_;
+      values_[value_parts_++] = {cells, (span.end - span.first) / kCell};
+    });
+    if (whole == used.end) return;
+    // what is after the end may be anything, which a weight of 0 does not hide
+    Number* tail = scratch.tail.of<Number>(Form::kDepthStep * pool_.dim);
+    copy_values({whole, used.end}, Form::kDepthStep, tail);
+    values_[value_parts_++] = {tail, Form::kDepthStep / kCell};
+  }
+
+  void copy(const Batch& b, Scratch& scratch) {
+    const int64_t depth = up(pool_.dim, Form::kDepthStep), count = padded.end - padded.first;
+    Number* keys = scratch.keys.of<Number>(depth * count);
+    keys_[key_parts_++] = {{keys, depth / kCell}, count * kCell, padded};
+    std::fill_n(keys, depth * count, Number{});
+    for_blocks(used, [&](int64_t block, int64_t slot, Span span) {
+      const Number* from = pool_.keys(block, head_) + slot * kCell;
+      Number* to = keys + (span.first - padded.first) * kCell;
+      for (int64_t d = 0; d < pool_.dim; d += kCell, from += pool_.key_stride(), to += count * kCell)
+        std::copy_n(from, (span.end - span.first) * kCell, to);
+    });
+    value_stride_ = b.width * kCell;
+    Number* values = scratch.values.of<Number>(count * b.width);
+    copy_values({padded.first, used.end}, count, values);
+    values_[value_parts_++] = {values, count / kCell};
+  }
+
+  // The values of some positions, with zeros up to `count` of them and up to the stride.
+  void copy_values(Span positions, int64_t count, Number* to) const {
+    std::fill_n(to, count / kCell * value_stride_, Number{});
+    for_blocks(positions, [&](int64_t block, int64_t slot, Span span) {
+      for (int64_t i = span.first; i < span.end; ++i, ++slot) {
+        const int64_t at = i - positions.first;
+        const Number* from = pool_.values(block, head_) + slot / kCell * pool_.value_stride() + slot % kCell;
+        Number* row = to + at / kCell * value_stride_ + at % kCell;
+        for (int64_t d = 0; d < pool_.dim; ++d) row[d * kCell] = from[d * kCell];
+      }
+    });
+  }
+
+  const Pool<Number>& pool_;
+  const int32_t* table_;
+  int64_t offset_, head_;
+  int64_t key_parts_ = 0, value_parts_ = 0, value_stride_ = 0;
+  Keys keys_[kSplit / kStep + 1];
+  Steps<Number> values_[kSplit / kStep + 2];
+};
+
+// The weights of a tile's rows for one split, from the products of their queries with its keys.
+template <class Factor>
+void weigh(const Batch& b, const Tile& t, int64_t split, Span vectors, float* logits, Factor* weights,
+           const Softmax& s) {
+  const float* alibi = b.alibi ? b.alibi + t.kv_head * b.group : nullptr;
+  const bool plain = !alibi && !b.logits.soft_cap && b.logits.scale > 0;
+  for (int64_t r = 0; r < t.rows; ++r, logits += kSplit, weights += kSplit) {
+    const int64_t pos = t.first_pos + r / b.group, start = split * kSplit;
+    const Span seen = {std::max<int64_t>(b.first_visible(pos) - start, 0), std::min(pos + 1 - start, kSplit)};
+    if (seen.first >= seen.end) {
+      s.top[r] = kNever, s.mass[r] = 0.0f;
+      std::fill(weights + vectors.first, weights + vectors.end, Factor{});
+      continue;
+    }
+    const Span mine = {down(seen.first, kLanes), up(seen.end, kLanes)};
+    if (!plain) b.logits.finish(logits, mine, start - pos, alibi ? alibi[r % b.group] : 0.0f);
+    mask_ends(logits, seen, mine);
+    soften(logits, mine, vectors, (plain ? b.logits.scale : 1.0f) * kLog2E, weights, s.top[r], s.mass[r]);
+  }
+}
+
+// The softmax of a tile's rows over one split of their context.
+template <class Form>
+void attend_split(const Batch& b, const Pool<typename Form::Number>& pool, const Tile& t, int64_t split,
+                  Scratch& scratch, const Softmax& s) {
+  using Factor = typename Form::Factor;
+  const Context<Form> context(b, pool, t, split, scratch);
+  const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b.dim, Form::kDepthStep);
+  const Factor* queries = scratch.queries.of<Factor>(rows * depth);
+  float* logits = scratch.logits.of<float>(rows * kSplit);
+  Factor* weights = scratch.weights.of<Factor>(rows * kSplit);
+  for (int64_t i = 0; i < context.key_parts(); ++i) {
+    const auto& keys = context.keys(i);
+    multiply<Form>({queries, depth, &keys.steps, 1, keys.stride, logits + keys.columns.first, kSplit}, rows,
+                   keys.columns.end - keys.columns.first);
+  }
+  weigh(b, t, split, context.padded, logits, weights, s);
+  multiply<Form>({weights + context.padded.first, kSplit, context.values(), context.value_parts(),
+                  context.value_stride(), s.values, s.width},
+                 rows, b.width);
 }
 
 // ---- The batch
@@ -311,32 +279,43 @@ struct Plan {
   Plan(const Batch& b, int64_t threads) {
     int64_t tokens = std::max<int64_t>(1, kTileRows / b.group);
     while (tokens > 1 && tokens * b.group > kFewRows && b.rows / tokens * b.kv_heads < 4 * threads) tokens /= 2;
+    int64_t splits = 0;  // of all single rows
+    for (int64_t seq = 0; seq < b.seqs; ++seq)
+      if (b.q_lens[seq] == 1) splits += Tile(b, seq, 0, 0, 1).splits(b) * b.kv_heads;
     for (int64_t seq = b.seqs - 1; seq >= 0; --seq) {  // sequences of several rows are last in a batch
       const int64_t count = b.q_lens[seq];
-      if (count == 1) add_single(b, seq);
+      if (count == 1) add_single(b, seq, splits / (4 * threads));
       if (count <= 1) continue;
-      for (int64_t token = (count - 1) / tokens * tokens; token >= 0; token -= tokens)
+      for (int64_t token = down(count - 1, tokens); token >= 0; token -= tokens)
         for (int64_t head = 0; head < b.kv_heads; ++head)
           tasks.push_back({Tile(b, seq, head, token, std::min(tokens, count - token))});
     }
   }
 
  private:
-  void add_single(const Batch& b, int64_t seq) {
-    for (int64_t head = 0; head < b.kv_heads; ++head, ++counters) {
+  // A context of more than `most` splits would keep a thread busy when the others are done.
+  void add_single(const Batch& b, int64_t seq, int64_t most) {
+    for (int64_t head = 0; head < b.kv_heads; ++head) {
       const Tile tile(b, seq, head, 0, 1);
+      if (tile.splits(b) <= std::max<int64_t>(most, 1)) {
+        tasks.push_back({tile});
+        continue;
+      }
       const int64_t first_part = parts;
       for (int64_t split = tile.first_split(b); split < tile.end_split(); ++split, ++parts)
         tasks.push_back({tile, split, first_part, counters});
+      ++counters;
     }
   }
 };
 
-template <class Number>
+template <class Form>
 class Attention {
  public:
-  Attention(const Batch& b, const Number* pool, const Plan& plan)
-      : b_(b), pool_(pool), part_size_(Softmax::size(b.group, b.width)),
+  using Number = typename Form::Number;
+
+  Attention(const Batch& b, const Pool<Number>& pool, const Plan& plan)
+      : b_(b), pool_(pool), part_size_(Softmax::size(up(b.group, Form::kRowStep), b.width)),
         parts_(new float[plan.parts * part_size_]), done_(new std::atomic<int64_t>[plan.counters]) {
     for (int64_t i = 0; i < plan.counters; ++i) done_[i] = 0;
   }
@@ -344,36 +323,36 @@ class Attention {
   void run(const Task& task) {
     static thread_local Scratch scratch;
     const Tile& t = task.tile;
-    gather_queries(b_, t, scratch.queries.of(t.rows * b_.dim));
-    const int64_t splits = t.end_split() - t.first_split(b_);
-    const int64_t size = Softmax::size(t.rows, b_.width);
-    const Softmax all(scratch.all.of(size), t.rows, b_.width);
+    const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b_.dim, Form::kDepthStep);
+    gather_queries(b_, t, depth, scratch.queries.of<typename Form::Factor>(rows * depth));
+    const int64_t first = t.first_split(b_), splits = t.splits(b_), size = Softmax::size(rows, b_.width);
+    const Softmax all(scratch.all.of<float>(size), t.rows, b_.width);
     if (task.split == Task::kAll) {
-      const Softmax part(scratch.part.of(size), t.rows, b_.width);
+      const Softmax part(scratch.part.of<float>(size), t.rows, b_.width);
       begin(t, all);
       for (int64_t i = 0; i < splits; ++i) {
-        attend_split(b_, pool_, t, t.first_split(b_) + i, scratch, part);
-        merge(b_, all, part, t.rows);
+        attend_split<Form>(b_, pool_, t, first + i, scratch, part);
+        all.add(part);
       }
     } else {
-      attend_split(b_, pool_, t, task.split, scratch, part_of(task, task.split - t.first_split(b_)));
+      attend_split<Form>(b_, pool_, t, task.split, scratch, part_of(task, task.split - first));
       if (done_[task.counter].fetch_add(1, std::memory_order_acq_rel) + 1 < splits) return;
       begin(t, all);
-      for (int64_t i = 0; i < splits; ++i) merge(b_, all, part_of(task, i), t.rows);
+      for (int64_t i = 0; i < splits; ++i) all.add(part_of(task, i));
     }
     write_out(b_, t, all);
   }
 
  private:
-  void begin(const Tile& t, const Softmax& all) {
-    jaxserve::begin(b_, all, t.rows, b_.sinks ? b_.sinks + t.kv_head * b_.group : nullptr);
+  void begin(const Tile& t, const Softmax& all) const {
+    all.begin(b_.sinks ? b_.sinks + t.kv_head * b_.group : nullptr, b_.group);
   }
-  Softmax part_of(const Task& task, int64_t i) {
+  Softmax part_of(const Task& task, int64_t i) const {
     return {parts_.get() + (task.first_part + i) * part_size_, b_.group, b_.width};
   }
 
   const Batch& b_;
-  const Number* pool_;
+  const Pool<Number>& pool_;
   int64_t part_size_;
   std::unique_ptr<float[]> parts_;
   std::unique_ptr<std::atomic<int64_t>[]> done_;
@@ -381,30 +360,51 @@ class Attention {
 
 // Puts k and v [rows, kv_heads, dim] where the pool has the positions of the rows, and zeros the output of padding.
 template <class Number>
-void write_row(const Batch& b, int64_t row, const Number* k, const Number* v, Number* pool) {
-  if (b.row_pos[row] < 0) {
+void write_row(const Batch& b, const Pool<Number>& pool, int64_t row, const Number* k, const Number* v) {
+  const int64_t pos = b.row_pos[row];
+  if (pos < 0) {
     std::fill_n(b.out + row * b.heads * b.dim, b.heads * b.dim, 0.0f);
     return;
   }
+  const int64_t block = b.tables[b.row_seq[row] * b.table_width + pos / pool.block_size];
   for (int64_t head = 0; head < b.kv_heads; ++head) {
-    Number* to = pool + b.slot(b.row_seq[row], head, b.row_pos[row]);
     const int64_t from = (row * b.kv_heads + head) * b.dim;
-    std::copy_n(k + from, b.dim, to);
-    std::copy_n(v + from, b.dim, to + b.to_value());
+    pool.write(block, head, pos % pool.block_size, k + from, v + from);
   }
 }
 
-template <class Number>
-void write_and_attend(ffi::ThreadPool& threads, const Batch& b, ffi::AnyBuffer k, ffi::AnyBuffer v, void* stored) {
-  Number* pool = static_cast<Number*>(stored);
-  const auto *keys = static_cast<const Number*>(k.untyped_data()), *values = static_cast<const Number*>(v.untyped_data());
-  parallel_for(threads, (b.rows + kRowsPerWrite - 1) / kRowsPerWrite, [&](int64_t i) {
-    const int64_t end = std::min(b.rows, (i + 1) * kRowsPerWrite);
-    for (int64_t row = i * kRowsPerWrite; row < end; ++row) write_row(b, row, keys, values, pool);
-  });
+// No row attends before all are written: what another sequence writes may be in a block that it shares.
+template <class Form>
+void write_and_attend(ffi::ThreadPool& threads, const Batch& b, const Pool<typename Form::Number>& pool,
+                      const void* k, const void* v) {
+  using Number = typename Form::Number;
+  const auto *keys = static_cast<const Number*>(k), *values = static_cast<const Number*>(v);
   const Plan plan(b, threads.num_threads());
-  Attention<Number> attention(b, pool, plan);
-  parallel_for(threads, plan.tasks.size(), [&](int64_t i) { attention.run(plan.tasks[i]); });
+  Attention<Form> attention(b, pool, plan);
+  const int64_t writes = (b.rows + kRowsPerWrite - 1) / kRowsPerWrite;
+  std::atomic<int64_t> written{0};
+  // items are begun in their order, so those that are waited for are under way
+  parallel_for(threads, writes + plan.tasks.size(), [&](int64_t i) {
+    if (i < writes) {
+      const int64_t end = std::min(b.rows, (i + 1) * kRowsPerWrite);
+      for (int64_t row = i * kRowsPerWrite; row < end; ++row) write_row(b, pool, row, keys, values);
+      written.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    while (written.load(std::memory_order_acquire) < writes) std::this_thread::yield();
+    attention.run(plan.tasks[i - writes]);
+  });
+}
+
+// Numbers that are not `exact` may be rounded to the pool's type: queries, which mostly are of it, and weights.
+template <class Number>
+void compute(ffi::ThreadPool& threads, const Batch& b, const Pool<Number>& pool, const void* k, const void* v,
+             [[maybe_unused]] bool exact) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Number, BFloat16>)
+    if (!exact) return write_and_attend<Pairs>(threads, b, pool, k, v);
+#endif
+  write_and_attend<Widened<Number>>(threads, b, pool, k, v);
 }
 
 using Numbers = ffi::Buffer<ffi::F32>;
@@ -413,11 +413,11 @@ using Indices = ffi::Buffer<ffi::S32>;
 ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                    ffi::AnyBuffer pool_before, Numbers sinks, Numbers alibi, Indices tables,
                                    Indices starts, Indices q_lens, Indices q_rows, Indices row_seq, Indices row_pos,
-                                   ffi::Result<Numbers> out, ffi::Result<ffi::AnyBuffer> pool, float scale,
-                                   float soft_cap, int32_t window) {
-  if (pool->untyped_data() != pool_before.untyped_data())
+                                   ffi::Result<Numbers> out, ffi::Result<ffi::AnyBuffer> written, float scale,
+                                   float soft_cap, int32_t window, bool exact) {
+  if (written->untyped_data() != pool_before.untyped_data())
     return ffi::Error::Internal("paged attention: the pool is not written in place");
-  const auto shape = pool->dimensions();  // [num_blocks, 2, kv_heads, block_size, dim]
+  const auto shape = written->dimensions();  // [num_blocks, 2, kv_heads, block_size, dim]
   for (ffi::AnyBuffer numbers : {k, v, pool_before})
     if (ffi::ByteWidth(numbers.element_type()) != sizeof(NUMBER))
       return ffi::Error::InvalidArgument("paged attention: wrong type");
@@ -425,38 +425,28 @@ ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyB
     if (rows.dimensions()[0] != q.dimensions()[0] || rows.dimensions()[1] != shape[2] ||
         rows.dimensions()[2] != shape[4] || q.dimensions()[1] % shape[2] != 0)
       return ffi::Error::InvalidArgument("paged attention: wrong shapes");
+  const Pool<NUMBER> pool{static_cast<NUMBER*>(written->untyped_data()), shape[2], shape[3], shape[4]};
+  if (pool.block_size % pool.kCell || pool.dim % pool.kCell)
+    return ffi::Error::InvalidArgument("paged attention: block and head size of a 16-bit pool must be even");
   Batch b;
   b.rows = q.dimensions()[0], b.heads = q.dimensions()[1];
-  b.kv_heads = shape[2], b.block_size = shape[3], b.dim = shape[4];
+  b.kv_heads = pool.kv_heads, b.dim = pool.dim;
   b.group = b.heads / b.kv_heads;
-  b.width = (b.dim + kLanes - 1) / kLanes * kLanes;
+  b.width = up(b.dim, kLanes);
   b.seqs = tables.dimensions()[0], b.table_width = tables.dimensions()[1];
   b.q = q.typed_data(), b.out = out->typed_data();
   b.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   b.alibi = alibi.element_count() ? alibi.typed_data() : nullptr;
   b.tables = tables.typed_data(), b.starts = starts.typed_data(), b.q_lens = q_lens.typed_data();
   b.q_rows = q_rows.typed_data(), b.row_seq = row_seq.typed_data(), b.row_pos = row_pos.typed_data();
-  b.scale = scale, b.soft_cap = soft_cap, b.window = window;
-  write_and_attend<NUMBER>(threads, b, k, v, pool->untyped_data());
+  b.logits = {scale, soft_cap}, b.window = window;
+  compute(threads, b, pool, k.untyped_data(), v.untyped_data(), exact);
   return ffi::Error::Success();
 }
 
-// A pool of zeros. Its whole pages go back to the system, which fills a page with zeros when it is touched first:
-// to fill gigabytes here would take seconds.
 ffi::Error empty_pool_handler(ffi::Result<ffi::AnyBuffer> pool) {
   char* const begin = static_cast<char*>(pool->untyped_data());
-  char* const end = begin + pool->size_bytes();
-#ifdef __linux__
-  const uintptr_t page = sysconf(_SC_PAGESIZE);
-  char* const first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page);
-  char* const last = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(end) / page * page);
-  if (first < last && madvise(first, last - first, MADV_DONTNEED) == 0) {
-    std::memset(begin, 0, first - begin);
-    std::memset(last, 0, end - last);
-    return ffi::Error::Success();
-  }
-#endif
-  std::memset(begin, 0, end - begin);
+  fill_with_zeros(begin, begin + pool->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -484,4 +474,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, jaxserve::paged_attention_handler
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")
-                                  .Attr<int32_t>("window"));
+                                  .Attr<int32_t>("window")
+                                  .Attr<bool>("exact"));

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, ragged_meta
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, ragged_meta, read
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,22 @@ def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
                     mass += np.exp(float(x.options["sinks"][h]) - logits.max())
                 out[row, h] = weights @ context[:, 1, h // group] / mass
     return out, pool
+
+
+def stored_for(implementation: str, pool: jax.Array) -> jax.Array:
+    """A pool as an implementation keeps it, of one as `pool.py` describes it."""
+    if implementation != "cpu":
+        return pool
+    x, n = np.asarray(pool), 4 // pool.dtype.itemsize
+    blocks, _, heads, size, dim = x.shape
+    keys = x[:, 0].reshape(blocks, heads, size, dim // n, n).swapaxes(2, 3)
+    values = x[:, 1].reshape(blocks, heads, size // n, n, dim).swapaxes(3, 4)
+    return jnp.asarray(np.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)], axis=1))
+
+
+def plain(implementation: str, pool: jax.Array) -> np.ndarray:
+    """The inverse."""
+    blocks, _, heads, size, dim = pool.shape
+    at = np.indices((blocks, size)).reshape(2, -1)
+    rows = np.asarray(read(pool, *at, implementation))
+    return rows.reshape(blocks, size, 2, heads, dim).transpose(0, 2, 3, 1, 4)

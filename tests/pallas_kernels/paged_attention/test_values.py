@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import paged_attention
 
-from .cases import CASES, Case, Inputs, make, oracle
+from .cases import CASES, Case, Inputs, make, oracle, plain, stored_for
 
 NATIVE = pytest.param("cpu", marks=pytest.mark.compiler)
 IMPLEMENTATIONS = ["reference", "xla", "gpu", NATIVE]
@@ -32,10 +32,10 @@ TOLERANCE = {
 def run(implementation: str, x: Inputs, options=QUICK_COMPILE) -> tuple[np.ndarray, np.ndarray]:
     """(out of the live rows in float64, pool without the dummy block)"""
     attend = jax.jit(partial(paged_attention, **x.options, implementation=implementation, interpret=True))
-    args = (x.q, x.k, x.v, x.pool, x.meta)
+    args = (x.q, x.k, x.v, stored_for(implementation, x.pool), x.meta)
     out, pool = attend.lower(*args).compile(options)(*args)
     assert (out.dtype, out.shape) == (x.q.dtype, x.q.shape)
-    return np.asarray(out, np.float64)[np.asarray(x.meta.row_pos) >= 0], np.asarray(pool)[1:]
+    return np.asarray(out, np.float64)[np.asarray(x.meta.row_pos) >= 0], plain(implementation, pool)[1:]
 
 
 def check(implementation: str, x: Inputs, **how) -> None:
