@@ -82,7 +82,9 @@ class Jaxserve(Peer):
         return [*serve, "--no-enable-prefix-caching", *["--deterministic"] * self._deterministic]
 
     def cold(self, empty: Path) -> dict[str, str]:
-        (empty / "native").symlink_to(home().resolve() / "native")  # built when it is installed
+        built = home().resolve() / "native"  # when jaxserve is installed: no part of a start
+        built.mkdir(parents=True, exist_ok=True)
+        (empty / "native").symlink_to(built)
         return {"JAXSERVE_HOME": str(empty)}
 
 
