@@ -37,7 +37,7 @@ def cpu_seconds(pid: int) -> float:
 class PeakMemory:
     """Watches the resident memory of a process and its descendants, added up, until it is stopped."""
 
-    def __init__(self, pid: int, every: float = 0.25):
+    def __init__(self, pid: int, every: float = 0.5):
         self.bytes = 0
         self._pid = pid
         self._every = every
