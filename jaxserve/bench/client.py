@@ -18,7 +18,7 @@ DETAIL = 300
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
-class Record(msgspec.Struct, omit_defaults=True):
+class Record(msgspec.Struct):
     """What became of one request. Seconds: `start` since the run began, the others since `start`."""
 
     start: float

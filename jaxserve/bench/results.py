@@ -30,7 +30,7 @@ class Step(msgspec.Struct, array_like=True):
     program: str
 
 
-class Run(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Run(msgspec.Struct, kw_only=True):
     """One measurement. Runs of the same `setting` differ in their `round`."""
 
     setting: dict[str, Any]

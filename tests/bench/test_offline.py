@@ -63,7 +63,7 @@ def test_latency(model_dir, tmp_path, capsys):
         1,
     ]
     result = bench("latency", model_dir, tmp_path, *sizes)
-    assert [run.get("round", 0) for run in result["runs"]] == [0, 1, 2, 3, 4]
+    assert [run["round"] for run in result["runs"]] == [0, 1, 2, 3, 4]
     for run in result["runs"]:
         assert run["setting"] == {"batch_size": 3}
         assert run["samples"]["latency_ms"] == [pytest.approx(1e3 * run["duration"])]

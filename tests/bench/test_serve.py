@@ -21,7 +21,7 @@ def test_a_sweep_over_a_server(fake, tmp_path, capsys):
     assert bench("--base-url", f"{fake.url}/ok", *load, "--output", file, "--label", "fake") == 0
     result = json.loads(file.read_text())
     assert (result["kind"], result["label"], result["options"]["model"]) == ("serve", "fake", "first")
-    settings = [(run["setting"]["max_concurrency"], run.get("round", 0)) for run in result["runs"]]
+    settings = [(run["setting"]["max_concurrency"], run["round"]) for run in result["runs"]]
     assert settings == [(1, 0), (3, 0), (1, 1), (3, 1)]
     for run in result["runs"]:
         assert run["counts"] | {"mean_concurrency": 0} == {
