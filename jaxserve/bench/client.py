@@ -90,6 +90,8 @@ class Client:
 
         `begin` is that of the run, in seconds of `time.perf_counter()`.
         """
+        import aiohttp
+
         fields = {"max_tokens": ask.output_tokens, **self._body}
         if self._chat:
             fields["messages"] = [{"role": "user", "content": ask.prompt}]
@@ -104,11 +106,9 @@ class Client:
             record.error, record.detail = failure.args
         except TimeoutError:
             record.error = "timeout"
-        except OSError as error:  # aiohttp's errors of connecting are among them
-            record.error, record.detail = "cannot connect" if not record.times else "disconnected", str(error)
-        except Exception as error:
-            if not type(error).__module__.startswith("aiohttp"):
-                raise
+        except aiohttp.ClientConnectorError as error:
+            record.error, record.detail = "cannot connect", str(error)
+        except (aiohttp.ClientError, OSError) as error:
             record.error, record.detail = "disconnected", f"{type(error).__name__}: {error}"
         record.end = time.perf_counter() - start
         return record

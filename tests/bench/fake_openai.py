@@ -57,6 +57,8 @@ class FakeServer:
                 if method == "GET":
                     self._get(writer, manner, what)
                     continue
+                if manner == "leaves":
+                    break
                 if manner == "hangs":
                     await reader.read()  # until the client leaves
                     break

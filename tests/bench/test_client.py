@@ -71,6 +71,7 @@ def test_what_is_asked(fake):
         ("garbage", "no JSON", "{"),
         ("cut", "disconnected", ""),
         ("ends", "disconnected", "before it was finished"),
+        ("leaves", "disconnected", ""),
         ("hangs", "timeout", ""),
     ],
 )
