@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,13 +220,15 @@ async def load(client: Client, requests: Iterator[Sent], rate: float, seconds: f
 
 
 async def watch(target: Target, probe: httpx.AsyncClient, samples: list[Sample]) -> None:
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "steps_total")
+    names += ("step_time_seconds_sum", "iteration_tokens_total_sum", "generation_tokens_total")
     begin = time.monotonic()
     for second in itertools.count():
         await asyncio.sleep(begin + second - time.monotonic())
         metrics = await target.metrics(probe)
+        if names[0] not in metrics:  # an engine in a long step does not answer in time
+            continue
         engines = sum(map(private_memory, target.engine_pids()))
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "steps_total")
-        names += ("step_time_seconds_sum", "iteration_tokens_total_sum", "generation_tokens_total")
         now = time.monotonic() - begin
         memory = (private_memory(target.pid) / 2**20, engines / 2**20)
         samples.append(Sample(now, *memory, *(metrics[name] for name in names)))
@@ -243,6 +246,8 @@ async def soak(target: Target, args: argparse.Namespace) -> tuple[dict[str, Any]
         watching = asyncio.create_task(watch(target, probe, samples))
         await load(client, requests, args.load * most, args.minutes * 60, args.seed)
         watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         end = await target.idle(probe)
     wrong = list(client.counts.wrong)
     if left := busy(end):

@@ -101,8 +101,9 @@ class VLLM(Peer):
     )
 
     def server(self, port: int, clients: int) -> list[str]:
-        serve = [str(self.python.with_name("vllm")), "serve", str(self.shelf.weights), "--port", str(port)]
-        return [*serve, "--no-enable-prefix-caching"]
+        # the command `vllm` asks for the version of a package `vllm`, which the CPU build is not
+        serve = [str(self.python), "-m", "vllm.entrypoints.openai.api_server"]
+        return [*serve, "--model", str(self.shelf.weights), "--port", str(port), "--no-enable-prefix-caching"]
 
     def cold(self, empty: Path) -> dict[str, str]:
         return {"VLLM_CACHE_ROOT": str(empty / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(empty / "inductor")}

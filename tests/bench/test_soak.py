@@ -1,6 +1,7 @@
 """bench/soak: what counts as wrong, and what as drift. That it holds is seen in tests/server."""
 
 import asyncio
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from bench.soak import Client, Sample, Sent, drift, growth, summed, traffic  # noqa: E402
+from bench.soak import Client, Sample, Sent, drift, growth, summed, traffic, watch  # noqa: E402
 
 
 def send(fake, manner, kind="stream", leaves=None):
@@ -99,3 +100,23 @@ def test_windows_add_up_samples():
 )
 def test_what_drifts_is_named(changes, names):
     assert [each.name for each in drift(samples(**changes)) if each.matters] == names
+
+
+def test_a_second_in_which_the_engine_does_not_answer_is_left_out():
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "steps_total")
+    names += ("step_time_seconds_sum", "iteration_tokens_total_sum", "generation_tokens_total")
+    answers = iter([{"engine_restarts_total": 0.0}, dict.fromkeys(names, 1.0)])
+
+    class Server:
+        pid = os.getpid()
+
+        def engine_pids(self):
+            return [self.pid]
+
+        async def metrics(self, probe):
+            return next(answers)
+
+    seen = []
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(watch(Server(), None, seen))
+    assert len(seen) == 1 and seen[0].engine > 1
