@@ -252,7 +252,8 @@ class Programs:
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args)
         program = lowered.compile(compiler_options=self._options)
         self._compiles.add("cache_misses")
-        if shelf:
+        # what jax read from a cache of its own cannot be written again
+        if shelf and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             shelf.put(name, program, lowered.as_text())
         return program
 

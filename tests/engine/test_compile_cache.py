@@ -32,8 +32,8 @@ with Engine(sys.argv[1], dtype="float32", **options) as engine:
 """
 
 
-def start(model_dir, home):
-    env = os.environ | {"JAXSERVE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+def start(model_dir, home, **settings):
+    env = os.environ | {"JAXSERVE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), **settings}
     command = [sys.executable, "-c", SCRIPT, str(model_dir)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -53,6 +53,15 @@ def test_a_second_start_compiles_nothing_and_a_third_only_what_was_damaged(model
     assert third["stats"]["compile_cache_misses"] == len(entries[::2])
     assert fourth["stats"]["compile_cache_misses"] == 0
     assert first["tokens"] == second["tokens"] == third["tokens"] == fourth["tokens"]
+
+
+def test_what_came_from_a_cache_of_jax_is_not_kept(model_dir, tmp_path):
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    first, second = (start(model_dir, tmp_path, **settings) for _ in range(2))
+    assert list((tmp_path / "jax").iterdir())
+    assert not list(tmp_path.rglob("*.program"))
+    assert start(model_dir, tmp_path)["tokens"] == first["tokens"] == second["tokens"]
 
 
 @pytest.fixture
