@@ -1,6 +1,8 @@
 """A schedule as one fixed-shape int32 buffer: the only thing a step sends to the device."""
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -62,36 +64,41 @@ class StepLayout(NamedTuple):
 
     def fields(self, packed: Buffer) -> dict[str, Buffer]:
         """Views of the buffer by name, on the host or in a traced function."""
-        views, at = {}, 0
-        for name, size in self.sizes.items():
-            views[name] = packed[at : at + size]
-            at += size
-        return views
+        return {name: packed[place] for name, place in _places(self).items()}
 
     def pack(self, chunks: list[Chunk], dummy_slot: int) -> np.ndarray:
         """int32 [size] for chunks in their order, single tokens first; padding points at the dummy slot."""
-        packed = np.zeros(self.size, np.int32)
-        views = self.fields(packed)
-        views["slots"][:] = dummy_slot
-        views["update_slot"][:] = dummy_slot
+        packed = _empty(self, dummy_slot).copy()
         tokens: list[int] = []
-        rows: list[tuple[int | None, int, int, bool]] = []
+        slots: list[int | None] = []
         updates: list[tuple[int | None, int, int]] = []
-        for request, start, length, new_blocks, samples in chunks:
-            tokens += request.tokens(start, length) or [FROM_DEVICE]
-            rows.append((request.slot, start, length, samples))
-            first = len(request.blocks) - len(new_blocks)
-            updates += [(request.slot, i, block) for i, block in enumerate(new_blocks, first)]
-        views["tokens"][: len(tokens)] = tokens
-        _fill(views, ("slots", "starts", "q_lens", "samples"), rows)
-        _fill(views, ("update_slot", "update_index", "update_block"), updates)
+        for request, start, length, new_blocks, _ in chunks:
+            tokens += request.tokens(start, length) or (FROM_DEVICE,)
+            slots.append(request.slot)
+            if new_blocks:
+                first = len(request.blocks) - len(new_blocks)
+                updates += [(request.slot, i, block) for i, block in enumerate(new_blocks, first)]
+        _, starts, lengths, _, samples = zip(*chunks, strict=True)
+        columns: list[Sequence[Any]] = [tokens, slots, starts, lengths, samples, *zip(*updates, strict=True)]
+        for place, values in zip(_places(self).values(), columns, strict=False):  # perhaps without updates
+            packed[place.start : place.start + len(values)] = values
         return packed
 
 
-def _fill(views: dict[str, np.ndarray], names: tuple[str, ...], rows: list[Any]) -> None:
-    """Write rows, a value for each name, from the views' beginning."""
-    for name, column in zip(names, np.array(rows, np.int32).reshape(-1, len(names)).T, strict=True):
-        views[name][: len(column)] = column
+@cache
+def _places(layout: StepLayout) -> dict[str, slice]:
+    sizes = layout.sizes
+    ends = accumulate(sizes.values())
+    return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+@cache
+def _empty(layout: StepLayout, dummy_slot: int) -> np.ndarray:
+    """int32 [size]: a step of padding."""
+    packed = np.zeros(layout.size, np.int32)
+    for name in ("slots", "update_slot"):
+        packed[_places(layout)[name]] = dummy_slot
+    return packed
 
 
 class AdmitLayout(NamedTuple):

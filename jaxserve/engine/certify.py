@@ -331,12 +331,12 @@ class _Draws:
                 packed = self._programs.admit_layout.pack(slot, self._requests[row], row, [])
                 self.slots = self._programs.admit(self.slots, packed)
             self.slots, sampled = program(self.slots, logits, targets)
-            tokens, *more = (np.asarray(array) for array in jax.tree.leaves(sampled))
+            found = np.asarray(sampled)
             for place, row in zip(places.tolist(), rows.tolist(), strict=True):
                 if variant != "greedy" or self._requests[row].temperature == 0.0:
-                    bits.note((row, "token"), tokens[place])
-                if more:
-                    bits.note((row, "logprobs"), *(array[place] for array in more))
+                    bits.note((row, "token"), found[place, 0])
+                if variant == "full":
+                    bits.note((row, "logprobs"), found[place, 1:])
         return bits
 
     def _batches(self, most: int) -> Iterator[np.ndarray]:

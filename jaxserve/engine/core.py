@@ -44,7 +44,9 @@ class Flight(NamedTuple):
     """A step whose tokens the host has not read."""
 
     chunks: list[Chunk]
-    sampled: Sampled | None = None
+    tokens: int = 0
+    """Of all chunks."""
+    sampled: jax.Array | None = None
     """None when no chunk reached the end of its sequence."""
     done: jax.Array | None = None
     """An array that is there when the device has done the step."""
@@ -105,6 +107,7 @@ class EngineCore:
         )
         self._flights: deque[Flight] = deque()
         self._overlap = config.overlap
+        self._on_host = platform.name == "cpu"
         self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
         self._seed = config.seed if config.deterministic else None
@@ -248,12 +251,12 @@ class EngineCore:
         dispatched = time.monotonic()
         self._step_stats.dispatched(dispatched)
         sampled = None
-        if any(chunk.samples for chunk in chunks):
-            sample = self._programs.sample(bucket.seqs, _variant(chunks))
+        if variant := _variant(chunks):
+            sample = self._programs.sample(bucket.seqs, variant)
             self._slots, sampled = sample(self._slots, logits, targets)
-            for array in jax.tree.leaves(sampled):
-                array.copy_to_host_async()
-        return Flight(chunks, sampled, targets, program=bucket.name, dispatched=dispatched)
+            if not self._on_host:
+                sampled.copy_to_host_async()
+        return Flight(chunks, tokens, sampled, targets, program=bucket.name, dispatched=dispatched)
 
     def _collect(self) -> list[CoreOutput]:
         """Read the oldest step in flight. The first that cannot be read is the one that failed: an error
@@ -267,44 +270,45 @@ class EngineCore:
         self.steps += 1
         self._failed_steps = 0
         now = time.monotonic()
-        tokens = sum(chunk.length for chunk in flight.chunks)
-        self._step_stats.finished(flight.program, tokens, flight.dispatched, now)
+        self._step_stats.finished(flight.program, flight.tokens, flight.dispatched, now)
         return self._advance(flight, host, now) if host else []
 
     def _read(self, flight: Flight) -> Sampled | None:
         """What a step sampled, once it is done. Raises what the device or the dispatch raised."""
         if flight.error:
             raise flight.error
-        jax.block_until_ready(flight.done)
-        host: Sampled | None = jax.tree.map(np.asarray, flight.sampled)
-        return host
+        if flight.sampled is None:
+            jax.block_until_ready(flight.done)
+            return None
+        return Sampled.unpack(np.asarray(flight.sampled))
 
     def _advance(self, flight: Flight, host: Sampled, now: float) -> list[CoreOutput]:
         tokens = host.tokens.tolist()
         outputs = []
         gaps = []
+        append = self._scheduler.append
         for row, (request, _, _, _, samples) in enumerate(flight.chunks):
             if not samples:
                 continue
             if request.finish_reason is not None:  # its extra token is dropped
                 request.inflight -= 1
                 continue
-            token = tokens[row]
-            reason = self._scheduler.append(request, token)
-            output = CoreOutput(id=request.id, token_ids=[token], finish_reason=reason)
-            if request.spec.logprobs is not None:
-                output.logprobs = [_logprobs(host, row, request.spec.logprobs)]
+            token, spec = tokens[row], request.spec
+            reason = append(request, token)
+            output = CoreOutput(id=spec.id, token_ids=[token], finish_reason=reason)
+            if spec.logprobs is not None:
+                output.logprobs = [_logprobs(host, row, spec.logprobs)]
             if reason == "stop":
                 output.stop_token = token
             if len(request.output) == 1:
-                self._tokens["prompt"] += len(request.spec.prompt)
+                self._tokens["prompt"] += len(spec.prompt)
                 output.cached_tokens = request.cached
                 output.times = (request.queued_at, request.scheduled_at or now)
             else:
                 gaps.append(now - request.last_token_at)
             request.last_token_at = now
-            self._tokens["generation"] += 1
             outputs.append(output)
+        self._tokens["generation"] += len(outputs)
         self._step_stats.gaps(gaps)
         return outputs
 
@@ -334,9 +338,11 @@ class EngineCore:
         return outputs
 
 
-def _variant(chunks: list[Chunk]) -> Variant:
-    """The cheapest sample program that serves every row that samples."""
+def _variant(chunks: list[Chunk]) -> Variant | None:
+    """The cheapest sample program that serves every row that samples; None without one."""
     specs = [chunk.request.spec for chunk in chunks if chunk.samples]
+    if not specs:
+        return None
     if any(spec.logprobs is not None for spec in specs):
         return "full"
     return "random" if any(spec.temperature > 0 for spec in specs) else "greedy"

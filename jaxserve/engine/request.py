@@ -50,7 +50,7 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens so far, those still in flight included."""
-        return self.known + self.inflight
+        return len(self.spec.prompt) + len(self.output) + self.inflight
 
     @property
     def pending(self) -> int:

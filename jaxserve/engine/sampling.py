@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxserve.sampling_params import MAX_LOGPROBS
@@ -46,6 +47,20 @@ class Sampled(NamedTuple):
     top_tokens: jax.Array | None = None
     top_logprobs: jax.Array | None = None
 
+    def pack(self) -> jax.Array:
+        """int32 [R, 1], or [R, 3 + 2 * top]: all of it as one array to read, floats by their bits."""
+        columns = [x[:, None] if x.ndim == 1 else x for x in self if x is not None]
+        return jnp.concatenate([lax.bitcast_convert_type(x, jnp.int32) for x in columns], axis=1)
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray) -> "Sampled":
+        """Views of what `pack` gave, on the host."""
+        tokens = packed[:, 0]
+        if packed.shape[1] == 1:
+            return cls(tokens)  # type: ignore[arg-type]
+        floats, top = packed.view(np.float32), (packed.shape[1] - 3) // 2
+        return cls(tokens, floats[:, 1], packed[:, 2], packed[:, 3 : 3 + top], floats[:, 3 + top :])  # type: ignore[arg-type]
+
 
 def sample(logits: jax.Array, params: RowParams, positions: jax.Array, variant: Variant) -> Sampled:
     """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have."""
@@ -58,10 +73,28 @@ def sample(logits: jax.Array, params: RowParams, positions: jax.Array, variant: 
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """int32 [R]: the first of the largest. Two cheap reductions; a fused argmax is slow on a CPU."""
-    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    best = logits.max(axis=1, keepdims=True)
-    return jnp.min(jnp.where(logits == best, index, logits.shape[1] - 1), axis=1)
+    """int32 [R]: the first of the largest: the first group that has it, and its place there.
+
+    One pass over the logits, and nothing of their size is kept; a fused argmax is slow on a CPU.
+    """
+    groups = _groups(logits, -jnp.inf)
+    tops = groups.max(axis=2)
+    best = tops.max(axis=1, keepdims=True)
+    group = _first(tops == best)
+    members = jnp.take_along_axis(groups, group[:, None, None], 1)[:, 0]
+    return jnp.minimum(group * LANES + _first(members == best), logits.shape[1] - 1)
+
+
+def _first(which: jax.Array) -> jax.Array:
+    """int32 [R]: the first column of [R, N] that is true, else the last."""
+    index = lax.broadcasted_iota(jnp.int32, which.shape, 1)
+    return jnp.min(jnp.where(which, index, which.shape[1] - 1), axis=1)
+
+
+def _groups(x: jax.Array, filler: float = 0.0) -> jax.Array:
+    """[R, N, LANES]: the columns of [R, V] in groups of neighbours, the last one filled up."""
+    rows, columns = x.shape
+    return jnp.pad(x, ((0, 0), (0, -columns % LANES)), constant_values=filler).reshape(rows, -1, LANES)
 
 
 def uniform(seed: jax.Array, sample_index: jax.Array, positions: jax.Array) -> jax.Array:
@@ -116,7 +149,10 @@ def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array
 
     def above(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         at = x >= _from_key(key)[:, None]
-        return jnp.where(at, weights, 0.0).sum(axis=1), at.sum(axis=1)
+        # both sums in one pass, which keeps nothing: apart, each would write what it adds up first
+        parts = _groups(jnp.where(at, weights, 0.0)), _groups(at.astype(jnp.float32))
+        mass, count = lax.reduce(parts, (0.0, 0.0), lambda a, b: (a[0] + b[0], a[1] + b[1]), (2,))
+        return mass.sum(axis=1), count.sum(axis=1)
 
     def open_rows(state: Search) -> jax.Array:
         low, high, low_count, high_count = state
@@ -135,7 +171,7 @@ def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array
         )
 
     low, high = _to_key(x.min(axis=1)), _to_key(x.max(axis=1)) + 1
-    counts = jnp.full_like(low, x.shape[1]), jnp.zeros_like(low)
+    counts = jnp.full(low.shape, float(x.shape[1])), jnp.zeros(low.shape)
     low, *_ = lax.while_loop(open_rows, halve, (low, high, *counts))
     return _from_key(low)[:, None]
 
@@ -157,8 +193,7 @@ def _from_key(key: jax.Array) -> jax.Array:
 
 def _quantile(weights: jax.Array, u: jax.Array) -> jax.Array:
     """int32 [R]: the first index at which the running sum of weights [R, V] exceeds u of the total."""
-    rows, vocab = weights.shape
-    lanes = jnp.pad(weights, ((0, 0), (0, -vocab % LANES))).reshape(rows, -1, LANES)
+    lanes = _groups(weights)
     totals = lanes.sum(axis=2)
     sums = jnp.cumsum(totals, axis=1)
     goal = u * sums[:, -1]

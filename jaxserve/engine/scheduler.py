@@ -128,15 +128,19 @@ class Scheduler:
     def schedule(self, limits: Limits) -> Schedule:
         """Plan the next step and count it as dispatched. No chunks: nothing can run now."""
         self._yield_to_priority(limits.seqs)
-        long = self._long(limits.tokens)
-        lengths = self._divide(limits.tokens, long)
+        wanted = {request: pending for request in self.running if (pending := request.pending)}
+        prompts = {request: pending for request, pending in wanted.items() if pending > 1}
+        long = self._long(limits.tokens, prompts)
+        lengths = self._divide(limits.tokens, wanted, prompts, long) if prompts else wanted
         self._make_room(lengths)
-        admitted = self._admit(limits.seqs, limits.tokens - sum(lengths.values()), long)
-        used = sum(lengths.values()) + sum(chunk.length for chunk in admitted)
-        self._top_up(lengths, limits.tokens - used)
+        used = sum(lengths.values())
+        admitted = self._admit(limits.seqs, limits.tokens - used, long)
+        if prompts:
+            self._top_up(lengths, limits.tokens - used - sum(chunk.length for chunk in admitted))
         chunks = [self._chunk(request, length) for request, length in lengths.items()]
         chunks += admitted
-        chunks.sort(key=lambda chunk: chunk.length > 1)
+        if prompts or admitted:
+            chunks.sort(key=lambda chunk: chunk.length > 1)
         return Schedule(chunks, [chunk.request for chunk in admitted])
 
     def append(self, request: Request, token: int) -> FinishReason | None:
@@ -193,20 +197,22 @@ class Scheduler:
         fits = self.pool.blocks_for(request.length) <= self._unpromised()
         return fits and bool(self._slots) and len(self.running) < seqs
 
-    def _divide(self, budget: int, long: float) -> dict[Request, int]:
+    def _divide(
+        self, budget: int, wanted: dict[Request, int], prompts: dict[Request, int], long: float
+    ) -> dict[Request, int]:
         """How many tokens each running request gets: decodes first, then prompts under way."""
-        lengths = {}
-        pending = [(request, request.pending) for request in self.running]
-        for request, wanted in sorted(pending, key=lambda item: item[1] > 1):
-            if length := self._share(wanted, budget, long):
+        lengths = {request: pending for request, pending in wanted.items() if pending == 1}
+        budget -= len(lengths)
+        for request, pending in prompts.items():
+            if length := self._share(pending, budget, long):
                 lengths[request] = length
                 budget -= length
         return lengths
 
-    def _long(self, budget: int) -> float:
+    def _long(self, budget: int, prompts: dict[Request, int]) -> float:
         """More tokens than this make a prompt one that leaves room to shorter ones; infinite without such."""
         long = self.policy.prompt_share * budget
-        under_way = any(1 < request.pending <= long for request in self.running)
+        under_way = any(pending <= long for pending in prompts.values())
         candidates = islice(self.waiting, len(self._slots))
         return long if under_way or any(request.length <= long for request in candidates) else math.inf
 
@@ -229,6 +235,8 @@ class Scheduler:
 
     def _make_room(self, lengths: dict[Request, int]) -> None:
         """Preempt those that rank last until the others' tokens fit the pool. Alone, the first fits."""
+        if sum(lengths.values()) <= self.pool.free:  # a token starts one block at most
+            return
         needed = sum(self._new_blocks(request, length) for request, length in lengths.items())
         while needed > self.pool.free:
             victim = self.running[-1]
@@ -290,10 +298,10 @@ class Scheduler:
 
     def _commit(self, request: Request) -> None:
         """Let the cache know the request's full blocks whose tokens the host knows."""
-        size = self.pool.block_size
-        full = min(request.computed, request.known) // size
         if not self.prefix_cache or request.slot is None:
             return
+        size = self.pool.block_size
+        full = min(request.computed, request.known) // size
         for i in range(request.committed, full):
             tokens = request.tokens(i * size, size)
             request.chain = self.pool.cache.commit(request.chain, tokens, request.blocks[i])
@@ -306,9 +314,12 @@ class Scheduler:
     def _chunk(self, request: Request, length: int) -> Chunk:
         """The request's next `length` tokens, counted as dispatched; the blocks they need must be free."""
         start = request.computed
-        new = self.pool.allocate(self._new_blocks(request, length))
-        assert new is not None
-        request.blocks += new
+        new: list[int] = []
+        if count := self._new_blocks(request, length):
+            allocated = self.pool.allocate(count)
+            assert allocated is not None
+            new = allocated
+            request.blocks += new
         samples = start + length == request.length
         request.computed += length
         request.inflight += samples

@@ -1,8 +1,8 @@
 """The functions that are compiled: admit, forward and sample. Pure, with donated state.
 
-    admit(slots, packed)                 -> slots
-    forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets)
-    sample(slots, logits, targets)       -> (slots, sampled)
+admit(slots, packed)                 -> slots
+forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets)
+sample(slots, logits, targets)       -> (slots, sampled)
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.engine.batch import FROM_DEVICE, TABLE_AT, StepLayout
-from jaxserve.engine.sampling import RowParams, Sampled, Variant
+from jaxserve.engine.sampling import RowParams, Variant
 from jaxserve.engine.sampling import sample as choose
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, ragged_meta
 
@@ -88,9 +88,9 @@ def forward(
     return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)
 
 
-def sample(variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array) -> tuple[Slots, Sampled]:
-    """Choose each row's token and remember it in the row's slot."""
+def sample(variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array) -> tuple[Slots, jax.Array]:
+    """Choose each row's token and remember it in the row's slot. What was chosen comes as `Sampled.pack`."""
     target, position = targets[:, 0], targets[:, 1]
     params = RowParams(*(value[target] for value in slots.params))
     sampled = choose(logits, params, position, variant)
-    return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled
+    return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled.pack()

@@ -251,3 +251,20 @@ def test_running_sums_that_do_not_rise_choose_no_token_without_weight(goal, inde
     weights = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0, 0.0]])
     sums = jnp.array([[1e-7, 0.5, 0.5000001, 1.0, 1.0000001, 1.0]])
     assert _first_above(weights, sums, jnp.array([goal])).tolist() == [index]
+
+
+def test_greedy_takes_the_first_of_the_largest_whatever_the_vocabulary():
+    for vocab in (1, 5, 127, 128, 129, 1000, 1024):
+        logits = np.random.default_rng(vocab).integers(-3, 3, (40, vocab)).astype(np.float32)
+        logits[0] = -np.inf
+        assert np.array_equal(draw(logits, [{}] * 40, "greedy").tokens, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize(("variant", "most"), [("greedy", 0.1), ("random", 2.5), ("full", 2.5)])
+def test_temporaries_of_the_vocabularys_size(variant, most):
+    """Beside the logits: none to be greedy; the weights, and which of them are kept, to draw."""
+    rows, vocab = 64, 4096
+    logits = jnp.zeros((rows, vocab))
+    arguments = logits, params([{}] * rows), jnp.zeros(rows, jnp.int32)
+    compiled = sample_jit.lower(*arguments, variant).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < most * logits.nbytes
