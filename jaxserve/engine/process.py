@@ -4,6 +4,7 @@ A frame is four bytes of length, then a msgpack message of `jaxserve.engine.mess
 """
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,6 +22,9 @@ from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.core_loop import Core, CoreLoop
 from jaxserve.engine.messages import FromCore, Status, ToCore
 from jaxserve.errors import JaxserveError
+
+if TYPE_CHECKING:
+    from jaxserve.engine.core import EngineCore
 
 LENGTH = struct.Struct(">I")
 PR_SET_PDEATHSIG = 1
@@ -84,7 +89,17 @@ def _end_with_parent() -> None:
 def _engine_core(config: EngineConfig) -> Core:
     from jaxserve.engine.core import EngineCore  # heartbeats go out while jax is imported
 
-    return EngineCore(config)
+    core = EngineCore(config)
+    gc.freeze()
+    threading.Thread(target=_freeze_when_warm, args=(core,), name="freeze", daemon=True).start()
+    return core
+
+
+def _freeze_when_warm(core: "EngineCore") -> None:
+    """What loading and compiling left behind stays: no collection between two steps looks at it again."""
+    if core.wait_until_warm():
+        gc.collect()
+        gc.freeze()
 
 
 def _read(sock: socket.socket, loop: CoreLoop) -> None:

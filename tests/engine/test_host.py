@@ -1,6 +1,8 @@
 """What a step costs the host, in counts: what crosses to the device and back, and what stays behind."""
 
 import gc
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -71,6 +73,24 @@ def test_one_array_crosses_to_the_device_and_one_back(engine, monkeypatch, param
     assert [x.nbytes for x in sent] == [4 * layout.size] * 10
     assert [(x.shape, x.dtype) for x in read] == [((ROWS, words), np.int32)] * 10
     engine.abort(ids)
+
+
+def test_what_an_engine_process_has_loaded_is_not_collected_again(model_dir):
+    code = """if True:
+        import gc, sys, threading
+        from jaxserve.config import EngineConfig
+        from jaxserve.engine.process import _engine_core
+        options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "num_blocks": 33}
+        core = _engine_core(EngineConfig(model=sys.argv[1], **options))
+        ready = gc.get_freeze_count()
+        [thread.join() for thread in threading.enumerate() if thread.name == "freeze"]
+        print(ready, gc.get_freeze_count(), len(gc.get_objects()), core.state)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(model_dir)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ready, warm, watched, state = done.stdout.split()
+    assert state == "warm" and 50_000 < int(ready) < int(warm)
+    assert int(watched) < 0.01 * int(warm)
 
 
 def test_steps_leave_no_objects_behind(engine):
