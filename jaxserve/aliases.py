@@ -36,7 +36,6 @@ FIXED = {
     "pipeline_parallel_size": Fixed(1, "a mesh has the axes tensor and data"),
     "enable_expert_parallel": Fixed(False, "a mesh has the axes tensor and data"),
     "enable_lora": Fixed(False, "adapters are not built yet"),
-    "quantization": Fixed(None, "quantised checkpoints are GGUF files, which say so themselves"),
     "kv_cache_dtype": Fixed("auto", "the KV cache has the type of the weights"),
     "revision": Fixed(None, "models come at their newest revision"),
     "cpu_offload_gb": Fixed(0, "weights stay on the device"),

@@ -25,6 +25,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], about("type of weights and KV cache")
     ] = "auto"
+    quantization: Annotated[
+        Literal["int8"] | None, about("int8: linear layers multiply integers of 8 bits; none: as stored")
+    ] = None
     load_format: Annotated[
         Literal["auto", "dummy"], about("dummy: random weights, for measuring without a checkpoint")
     ] = "auto"

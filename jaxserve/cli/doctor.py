@@ -103,7 +103,7 @@ def _kernels() -> Iterator[Finding]:
     if platform.name != "cpu":
         yield Finding("attention", platform.attention)
         return
-    for kernel in cpu_kernels("bfloat16"):
+    for _, kernel in cpu_kernels("bfloat16", "int8"):
         name = f"C++ kernel {kernel.name}"
         try:
             if not native.find(kernel):

@@ -31,11 +31,11 @@ def compile_kernels(config: EngineConfig) -> Made:
     """The C++ kernels; none where there is no compiler, or the device is no CPU. Needs no model."""
     mesh = make_mesh(with_own_devices(config, 0), 0)
     dtype = weight_type(config.dtype, {}, platform_of(mesh.devices.flat[0]))
-    kernels = cpu_kernels(dtype)
-    before = [native.find(kernel) for kernel in kernels]
+    kernels = cpu_kernels(dtype, config.quantization)
+    before = [native.find(kernel) for _, kernel in kernels]
     chosen = choose_kernels(config, mesh, dtype)
-    used = [name == "cpu" for name in chosen]
-    sizes = [path.stat().st_size for kernel in kernels if (path := native.find(kernel))]
+    used = [getattr(chosen, name) == "cpu" for name, _ in kernels]
+    sizes = [path.stat().st_size for _, kernel in kernels if (path := native.find(kernel))]
     here = sum(was is not None for was, use in zip(before, used, strict=True) if use)
     return Made(sum(used) - here, here, sum(sizes), native.shelf())
 
@@ -47,7 +47,8 @@ def compile_programs(config: EngineConfig) -> Made:
     device = mesh.devices.flat[0]
     found = open_checkpoint(resolve(config.model), tensors=False).config
     dtype = weight_type(config.dtype, found, platform_of(device))
-    model = LoadedModel(found, mesh, dtype, choose_kernels(config, mesh, dtype))
+    kernels = choose_kernels(config, mesh, dtype)
+    model = LoadedModel(found, mesh, dtype, kernels, config.quantization)
     budget = fit(config, model, memory_of(config, device))
     counts = Counts()
     smallest = model.kernels.smallest_decode(platform_of(device))

@@ -76,7 +76,7 @@ class EngineCore:
         checkpoint = open_checkpoint(resolve(config.model), tensors=not dummy)
         dtype = weight_type(config.dtype, checkpoint.config, platform)
         kernels = choose_kernels(config, mesh, dtype)
-        self.model = LoadedModel(checkpoint.config, mesh, dtype, kernels)
+        self.model = LoadedModel(checkpoint.config, mesh, dtype, kernels, config.quantization)
         self.budget = fit(config, self.model, memory)
         self.shapes = self.budget.shapes
         self.hello = _hello(self.budget)

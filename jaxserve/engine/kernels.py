@@ -28,30 +28,34 @@ PORTABLE = Kernels("xla", "xla")
 """Those that run anywhere."""
 
 
-def cpu_kernels(dtype: Any) -> list[native.Kernel]:
-    """All C++ kernels of an engine whose weights and KV are of this type."""
-    return [native.Kernel.of(source, dtype) for source in (cpu_attention.SOURCE, cpu_matmul.SOURCE)]
+def cpu_kernels(dtype: Any, quantization: str | None = None) -> list[tuple[str, native.Kernel]]:
+    """All C++ kernels of an engine whose weights and KV are of this type, by the field of `Kernels`."""
+    kernels = [
+        ("attention", native.Kernel.of(cpu_attention.SOURCE, dtype)),
+        ("matmul", native.Kernel.of(cpu_matmul.SOURCE, dtype)),
+    ]
+    return kernels + ([("matmul", cpu_matmul.INT8)] if quantization == "int8" else [])
 
 
 def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """Raises ConfigError for a kernel that was asked for and cannot be had here."""
-    asked: list[Any] = [config.attention, config.matmul]
-    chosen: list[Any] = list(_wanted(config, mesh, dtype))
-    kernels = cpu_kernels(dtype)
-    native.prepare(*(kernel for kernel, wanted in zip(kernels, chosen, strict=True) if wanted == "cpu"))
-    for i, kernel in enumerate(kernels):
-        if chosen[i] != "cpu":
-            continue
-        name = Kernels._fields[i]
+    chosen = _wanted(config, mesh)
+    kernels = [
+        (name, kernel)
+        for name, kernel in cpu_kernels(dtype, config.quantization)
+        if getattr(chosen, name) == "cpu"
+    ]
+    native.prepare(*(kernel for _, kernel in kernels))
+    for name, kernel in kernels:
         if missing := _missing(mesh, name, kernel):
-            if asked[i] == "cpu":
+            if getattr(config, name) == "cpu":
                 raise ConfigError(f"{name}=cpu cannot be had: {missing}")
             log.warning("slower without the C++ kernel for %s: %s", name, missing)
-            chosen[i] = "xla"
-    return Kernels(*chosen)
+            chosen = Kernels(**(chosen._asdict() | {name: "xla"}))
+    return chosen
 
 
-def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
+def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
     """What was asked for, or would be best."""
     platform = platform_of(mesh.devices.flat[0])
     cpu = platform.name == "cpu"

@@ -147,14 +147,16 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     """Bytes that the largest step takes on a device beside weights, pool and slots.
 
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32, or
-    what attention needs; sampling holds the logits five times, and the next step's. A bound that
-    tests/engine/test_memory.py holds against what the compiler says of the programs.
+    what attention needs; in 8 bits, a product's sums beside what comes of them. Sampling holds the logits
+    five times, and the next step's. A bound that tests/engine/test_memory.py holds against what the
+    compiler says of the programs.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
     logits = 4 * rows * padded(shapes.vocab, 128)
     gathered = logits + logits // shards if shards > 1 else 0
-    mlp = 4 * tokens * 3 * padded(dims.intermediate_size, shards) // shards
+    widths = 4 if case.config.quantization else 3
+    mlp = 4 * tokens * widths * padded(dims.intermediate_size, shards) // shards
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
     forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
@@ -253,7 +255,7 @@ def _refusal(case: Case, budget: Budget) -> str:
 
 def _remedies(case: Case, budget: Budget) -> Iterator[str]:
     """Changes of one option that make it fit, each as little as possible."""
-    if case.dtype.itemsize == 4:
+    if case.dtype.itemsize == 4 and not case.config.quantization:
         half = case._replace(dtype=jnp.dtype(jnp.bfloat16), weights=case.weights // 2)
         if _budget(half, budget.memory).fits:
             yield "dtype=bfloat16"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.engine.kernels import PORTABLE, Kernels
 from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Tensors, parameters
-from jaxserve.models.layers.linear import Product, Used
+from jaxserve.models.layers.linear import Product, Quantization, Used
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, paged_attention
@@ -26,7 +26,14 @@ HEADS_SPEC = PartitionSpec(None, "tensor")
 class LoadedModel:
     """The model that a checkpoint's config describes, and its weights on `mesh`."""
 
-    def __init__(self, config: Mapping[str, Any], mesh: Mesh, dtype: Any, kernels: Kernels = PORTABLE):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        mesh: Mesh,
+        dtype: Any,
+        kernels: Kernels = PORTABLE,
+        quantization: Quantization | None = None,
+    ):
         """Builds the model abstractly; `load` or `fill` brings the weights, kept as the kernels read them."""
         cls: Any = model_class(config)
         self.mesh = mesh
@@ -35,8 +42,16 @@ class LoadedModel:
         self.config = cls.Config.from_config(config)
         self.shards = mesh.shape["tensor"]
         self._table = cls.tensors(self.config, self.shards)
-        self._module = nnx.eval_shape(lambda: _with(kernels, cls(self.config, self.shards, self.dtype)))
+
+        def build() -> nnx.Module:
+            module: nnx.Module = cls(self.config, self.shards, self.dtype)
+            for product in _products(module).values():
+                product.multiply_with(kernels.matmul, quantization)
+            return module
+
+        self._module = nnx.eval_shape(build)
         self._products = _products(self._module)
+        self._read_as = np.dtype(np.float32) if quantization else self.dtype
         state = nnx.state(self._module)
         flat = nnx.to_flat_state(state)
         self._leaves = {".".join(map(str, path)): param for path, param in flat}
@@ -66,19 +81,25 @@ class LoadedModel:
 
     def load(self, checkpoint: Tensors) -> None:
         """Read the weights, few parameters at a time. Raises ModelError naming the tensor that is wrong."""
-        placed = dict(parameters(checkpoint, self._table, self._place, self.dtype))
+        placed: dict[str, jax.Array] = {}
+        for _, held in parameters(checkpoint, self._table, self._place, self._read_as):
+            placed |= held
         self.weights = [placed[path] for path in self._leaves]
 
     def fill(self, seed: int) -> None:
         """Random weights, made on the devices: for measuring without a checkpoint."""
 
-        def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            scale = 0.02 if len(shape) > 1 else 1.0
-            return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+        def numbers(key: jax.Array, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
+            if dtype.itemsize == 1:
+                return jax.random.bits(key, shape, jnp.uint8).view(dtype)
+            return (jax.random.normal(key, shape, jnp.float32) * size).astype(dtype)
 
         for i, (path, leaf) in enumerate(self._leaves.items()):
-            make = jax.jit(normal, static_argnums=(1, 2), out_shardings=self._sharding(path))
-            self.weights.append(make(jax.random.key(seed + i), leaf.shape, leaf.dtype))
+            size = 0.02 if len(leaf.shape) > 1 else 1.0
+            if path.endswith(".scale"):
+                size = 0.02 / 74  # of integers that are 74 from zero in the root mean square
+            make = jax.jit(numbers, static_argnums=(1, 2), out_shardings=self._sharding(path))
+            self.weights.append(make(jax.random.key(seed + i), leaf.shape, leaf.dtype, size))
 
     def functions(self) -> Model:
         """The forward pass as pure functions of the weights."""
@@ -128,26 +149,22 @@ class LoadedModel:
     def _sharding(self, path: str) -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(self._leaves[path].get_metadata()["axes"]))
 
-    def _place(self, path: str, value: np.ndarray) -> jax.Array:
-        leaf, product = self._leaves[path], self._products.get(path)
+    def _place(self, path: str, value: np.ndarray) -> dict[str, jax.Array]:
+        """The parameters that hold what a checkpoint has for one; a product knows which."""
+        leaf, (layer, _, name) = self._leaves[path], path.rpartition(".")
+        product = self._products.get(layer) if name == "weight" else None
         whole = leaf.shape if product is None else (*product.out_shape, *product.in_shape)
         short = [(0, want - have) for want, have in zip(whole, value.shape, strict=True)]
         if any(after for _, after in short):
             value = np.pad(value, short)
-        value = value.astype(leaf.dtype, copy=False)
-        if product is not None:
-            value = product.keep(value)
-        placed: jax.Array = jax.device_put(value, self._sharding(path))
-        return placed
-
-
-def _with(kernels: Kernels, module: nnx.Module) -> nnx.Module:
-    for part in _products(module).values():
-        part.multiply_with(kernels.matmul)
-    return module
+        if product is None:
+            held = {path: value.astype(leaf.dtype, copy=False)}
+        else:
+            held = {f"{layer}.{part}": x for part, x in product.keep(value).items()}
+        return {path: jax.device_put(x, self._sharding(path)) for path, x in held.items()}
 
 
 def _products(module: nnx.Module) -> dict[str, Product]:
-    """By the paths of their weights."""
+    """By their paths."""
     parts = nnx.iter_modules(module)
-    return {".".join(map(str, (*path, "weight"))): part for path, part in parts if isinstance(part, Product)}
+    return {".".join(map(str, path)): part for path, part in parts if isinstance(part, Product)}

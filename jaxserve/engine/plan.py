@@ -105,7 +105,7 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     memory = memory_of(config, mesh.devices.flat[0]) if there is None else memory_of_chip(config, there)
     dtype = weight_type(config.dtype, raw, memory.platform)
     kernels = PORTABLE if there else choose_kernels(config, mesh, dtype)
-    model = LoadedModel(raw, mesh, dtype, kernels)
+    model = LoadedModel(raw, mesh, dtype, kernels, config.quantization)
     budget = fit(config, model, memory)
     buckets = ladder(budget.shapes, memory.platform.smallest_decode)
     if there is None:
@@ -116,7 +116,8 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
             mesh = compiler_mesh(config, there)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 chosen = choose_kernels(config, mesh, dtype)
-                found = measured(_compile(config, LoadedModel(raw, mesh, dtype, chosen), budget))
+                compiled = LoadedModel(raw, mesh, dtype, chosen, config.quantization)
+                found = measured(_compile(config, compiled, budget))
         except Exception as error:  # jax's, its plugins' and libtpu's own: all mean that there is none
             log.debug("no compiler for %s", there.name, exc_info=error)
             why = next(iter(str(error).splitlines()), type(error).__name__)

@@ -19,8 +19,9 @@ def only_config(model_dir, tmp_path):
     return tmp_path
 
 
-def test_a_config_alone_is_served_with_random_weights(only_config):
-    with Engine(str(only_config), load_format="dummy", **SMALL) as engine:
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_config_alone_is_served_with_random_weights(only_config, quantization):
+    with Engine(str(only_config), load_format="dummy", quantization=quantization, **SMALL) as engine:
         assert engine.tokenizer is None
         outputs = engine.generate([[9, 8, 7], [6] * 20], GREEDY, use_progress=False)
         weights = [np.asarray(w) for core in engine._cores for w in core.model.weights]

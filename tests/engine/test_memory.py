@@ -55,44 +55,50 @@ LARGE_VOCABULARY = BASE | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# model, dtype, kernels, max_num_seqs, max_num_batched_tokens, tensor
+# model, dtype, kernels, max_num_seqs, max_num_batched_tokens, tensor[, quantization]
 SHAPES = [
     (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 1),
     (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1),
     (MANY_HEADS, "float32", ("reference", "xla"), 4, 64, 1),
     (LARGE_VOCABULARY, "bfloat16", ("xla", "xla"), 64, 256, 1),
     (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 2),
-    pytest.param(DEEP_MLP, "bfloat16", ("cpu", "cpu"), 8, 2048, 1, marks=pytest.mark.compiler),
-    pytest.param(MANY_HEADS, "float32", ("cpu", "cpu"), 16, 1024, 1, marks=pytest.mark.compiler),
-    pytest.param(LARGE_VOCABULARY, "bfloat16", ("cpu", "cpu"), 64, 256, 1, marks=pytest.mark.compiler),
+    pytest.param((DEEP_MLP, "bfloat16", ("cpu", "cpu"), 8, 2048, 1), marks=pytest.mark.compiler),
+    pytest.param((MANY_HEADS, "float32", ("cpu", "cpu"), 16, 1024, 1), marks=pytest.mark.compiler),
+    pytest.param((LARGE_VOCABULARY, "bfloat16", ("cpu", "cpu"), 64, 256, 1), marks=pytest.mark.compiler),
+]
+IN_8_BITS = [
+    (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 1, "int8"),
+    (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 2, "int8"),
+    (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1, "int8"),
+    pytest.param((DEEP_MLP, "bfloat16", ("cpu", "cpu"), 8, 2048, 1, "int8"), marks=pytest.mark.compiler),
 ]
 
 
-def compare(config, dtype, kernels, seqs, tokens, tensor):
+def compare(config, dtype, kernels, seqs, tokens, tensor, quantization=None):
     """(estimate, what the compiler says of the largest program), in bytes."""
     options = EngineConfig(
         mesh=f"{tensor}x1",
         dtype=dtype,
         attention=kernels[0],
+        quantization=quantization,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_model_len=512,
         num_blocks=65,
     )
     mesh = make_mesh(options, 0)
-    model = LoadedModel(config, mesh, jnp.dtype(dtype), Kernels(*kernels))
+    model = LoadedModel(config, mesh, jnp.dtype(dtype), Kernels(*kernels), quantization)
     budget = fit(options, model, memory_of(options, mesh.devices.flat[0]))
     programs = Programs(model, budget.shapes, 4, compilation.Counts())
     programs.compile_largest()
     return budget.temporaries, max(programs.temporaries().values())
 
 
-@pytest.mark.parametrize(("config", "dtype", "kernels", "seqs", "tokens", "tensor"), SHAPES)
-def test_temporaries_are_bounded_before_anything_is_compiled(config, dtype, kernels, seqs, tokens, tensor):
-    if tensor == 1:
-        estimate, compiled = compare(config, dtype, kernels, seqs, tokens, tensor)
+@pytest.mark.parametrize("args", SHAPES + IN_8_BITS)
+def test_temporaries_are_bounded_before_anything_is_compiled(args):
+    if args[5] == 1:
+        estimate, compiled = compare(*args)
     else:  # this process has one device
-        args = (config, dtype, kernels, seqs, tokens, tensor)
         code = f"import test_memory; print(*test_memory.compare{args})"
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -24,6 +24,7 @@ SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 ENGINES = {
     "all sequences fit": {"dtype": "float32"},
     "16 bits": {"dtype": "bfloat16", "max_model_len": 100, "block_size": 8},
+    "8 bits": {"dtype": "bfloat16", "quantization": "int8"},
     "given": {"dtype": "float32", "num_blocks": 37},
     "what is left": {"dtype": "float32", "max_model_len": 65536},
     "deterministic": {"dtype": "float32", "deterministic": True},

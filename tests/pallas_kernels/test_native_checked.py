@@ -15,7 +15,7 @@ KERNELS = [
     native.Kernel(source, number)
     for source in (matmul.SOURCE, paged_attention.SOURCE)
     for number in native.NUMBERS.values()
-]
+] + [matmul.INT8]
 # gcc 12's own AVX-512 headers read a vector before they set it; psabi is a note on ABIs, not on the code
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-psabi")
 HERE = Path(__file__).parent
@@ -55,7 +55,7 @@ def runtime(library: str) -> str:
 
 def test_values_are_computed_within_bounds(sanitized_home):
     run = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = "cpu and (padded or everything or bits or head or block or float)"
+    chosen = "cpu and (padded or everything or bits or head or block or float or every_bit)"
     # -s: what a sanitizer says as it ends the process would stay in pytest's capture
     done = run_sanitized(sanitized_home, run, "-qs", "-p", "no:cacheprovider", "-k", chosen, str(HERE))
     assert done.returncode == 0, done.stdout + done.stderr

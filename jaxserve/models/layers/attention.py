@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         """x [N, features] -> (float32 [N, features], pool)."""
         qkv = self.qkv(x)
         n, places, width, dim = qkv.shape
-        qk = rotate(qkv[:, :, :-1], rotation).astype(self.qkv.weight.dtype)
+        qk = rotate(qkv[:, :, :-1], rotation).astype(self.qkv.dtype)
         q = qk[:, :, :-1].reshape(n, places * (width - 2), dim)
         v = qkv[:, :, -1].astype(q.dtype)
         out, pool = attend(q, qk[:, :, -1], v, pool, scale=self.scale)

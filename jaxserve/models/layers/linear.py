@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.layers.param import weight
-from jaxserve.pallas_kernels.matmul import Implementation, keep, kept_shape, matmul
+from jaxserve.pallas_kernels.matmul import Implementation, keep, kept, matmul, matmul_int8, quantise
+
+Quantization = Literal["int8"]
 
 
 class Used(nnx.Variable):
@@ -25,26 +28,42 @@ class Product(nnx.Module):
         self, out_shape: Sequence[int], in_shape: Sequence[int], axes: Sequence[str | None], dtype: jnp.dtype
     ):
         self.out_shape, self.in_shape = tuple(out_shape), tuple(in_shape)
+        self.dtype = dtype
+        """Of the weight as it is given."""
         self.implementation: Implementation = "xla"
         self.weight = weight((*out_shape, *in_shape), axes, dtype)
+        self.scale: nnx.Param | None = nnx.data(None)
+        """float32 [*out] of a weight that is kept in 8 bits."""
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Outputs and depth of the product of matrices that it is."""
         return math.prod(self.out_shape), math.prod(self.in_shape)
 
-    def multiply_with(self, implementation: Implementation) -> None:
-        """From now on; the weight is kept as that wants it."""
+    def multiply_with(self, implementation: Implementation, quantization: Quantization | None = None) -> None:
+        """From now on; the weight is kept as that wants it. One of the vocabulary is never quantised."""
+        axes = self.weight.get_metadata()["axes"]
+        outs, ins = axes[: len(self.out_shape)], axes[len(self.out_shape) :]
+        number = self.dtype
+        if quantization and outs[0] != "vocab":
+            number = jnp.dtype(jnp.int8)
+            self.scale = weight(self.out_shape, outs, jnp.dtype(jnp.float32))
         self.implementation = implementation
+        form = kept(*self.matrix, number, implementation)
         if implementation == "cpu":
-            axes = self.weight.get_metadata()["axes"]
-            tiles = kept_shape(*self.matrix, self.weight.dtype, implementation)
-            outs, depth = axes[0], axes[len(self.out_shape)]
-            self.weight = weight(tiles, (outs, depth, None, None), self.weight.dtype)
+            self.weight = weight(form.shape, (outs[0], ins[0], None, None), form.dtype)
+        else:
+            self.weight = weight((*self.out_shape, *self.in_shape), axes, form.dtype)
 
-    def keep(self, given: np.ndarray) -> np.ndarray:
-        """The weight [*out, *in] as it is kept."""
-        return keep(given.reshape(self.matrix), self.implementation).reshape(self.weight.shape)
+    def keep(self, given: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters that hold the weight [*out, *in]."""
+        w, held = given.reshape(self.matrix), {}
+        if self.scale is None:
+            w = w.astype(self.dtype, copy=False)
+        else:
+            w, scales = quantise(w)
+            held["scale"] = scales.reshape(self.out_shape)
+        return held | {"weight": keep(w, self.implementation).reshape(self.weight.shape)}
 
     def contract(self, x: jax.Array) -> jax.Array:
         """x [N, *in] -> float32 [N, *out]; rows of padding are undefined.
@@ -53,11 +72,14 @@ class Product(nnx.Module):
         the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
         """
         outs, depth = self.matrix
-        w = self.weight[...]
+        x, w = x.reshape(-1, depth), self.weight[...]
         if self.implementation == "xla":
             w = w.reshape(outs, depth)
         used = None if self.used is None else self.used[...]
-        y = matmul(x.reshape(-1, depth), w, outs, used, self.implementation)
+        if self.scale is None:
+            y = matmul(x, w, outs, used, self.implementation)
+        else:
+            y = matmul_int8(x, w, self.scale[...].reshape(outs), used, self.implementation)
         return y.reshape(-1, *self.out_shape)
 
 

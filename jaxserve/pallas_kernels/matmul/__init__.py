@@ -1,7 +1,8 @@
 """Products with weights: one seam, several implementations with the same contract.
 
-An implementation keeps a weight `[out, in]` in a form of its own: `kept_shape` and `keep` say which, and
-`matmul` and `take` read it. `xla` keeps it as it is, `cpu` in tiles (tiles.py).
+An implementation keeps a weight `[out, in]`, of floats or in 8 bits (int8.py), in a form of its own: `kept`
+and `keep` say which, and `matmul`, `matmul_int8` and `take` read it. `xla` keeps it as it is, `cpu` in tiles
+(tiles.py).
 """
 
 from typing import Literal
@@ -11,13 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.pallas_kernels.matmul import tiles
+from jaxserve.pallas_kernels.matmul.int8 import quantise
+
+__all__ = ["Implementation", "keep", "kept", "matmul", "matmul_int8", "quantise", "take"]
 
 Implementation = Literal["xla", "cpu"]
 
 
-def kept_shape(outs: int, depth: int, dtype: np.dtype, implementation: Implementation) -> tuple[int, ...]:
-    """Of a weight [outs, depth] as an implementation keeps it."""
-    return tiles.shape(outs, depth, dtype) if implementation == "cpu" else (outs, depth)
+def kept(outs: int, depth: int, dtype: np.dtype, implementation: Implementation) -> jax.ShapeDtypeStruct:
+    """Shape and type of a weight [outs, depth] as an implementation keeps it."""
+    if implementation == "cpu":
+        return tiles.kept(outs, depth, dtype)
+    return jax.ShapeDtypeStruct((outs, depth), dtype)
 
 
 def keep(w: np.ndarray, implementation: Implementation) -> np.ndarray:
@@ -46,6 +52,27 @@ def matmul(
     from jaxserve.pallas_kernels.matmul import xla
 
     return xla.matmul(x, w)
+
+
+def matmul_int8(
+    x: jax.Array,
+    w: jax.Array,
+    scales: jax.Array,
+    used: jax.Array | None = None,
+    implementation: Implementation = "xla",
+) -> jax.Array:
+    """float32 `[N, outs]` of x `[N, in]` and a weight `[outs, in]` in 8 bits as it is kept, with its scales.
+
+    x is brought to 8 bits by row. The same bits from every implementation and in any company, of the first
+    `used` rows (all of them when None).
+    """
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.matmul import cpu
+
+        return cpu.matmul_int8(x, w, scales, jnp.int32(len(x)) if used is None else used)
+    from jaxserve.pallas_kernels.matmul import xla
+
+    return xla.matmul_int8(x, w, scales)
 
 
 def take(w: jax.Array, rows: jax.Array, depth: int, implementation: Implementation = "xla") -> jax.Array:

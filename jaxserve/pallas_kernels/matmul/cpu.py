@@ -1,4 +1,4 @@
-"""The product in C++ (cpu.cc), on weights that are kept in tiles."""
+"""The products in C++ (cpu.cc, int8.cc), on weights that are kept in tiles."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul.tiles import OUTS
 
 SOURCE = Path(__file__).with_name("cpu.cc")
+INT8 = native.Kernel(Path(__file__).with_name("int8.cc"), "uint8_t")
 
 
 def matmul(x: jax.Array, tiles: jax.Array, outs: int, used: jax.Array) -> jax.Array:
@@ -17,6 +18,18 @@ def matmul(x: jax.Array, tiles: jax.Array, outs: int, used: jax.Array) -> jax.Ar
     x is read as float32; with bfloat16 weights it is rounded to bfloat16 where the processor multiplies that
     (avx512_bf16, amx_bf16). A row's bits do not depend on the other rows. Those from `used` on are zeros.
     """
-    padded = jax.ShapeDtypeStruct((x.shape[0], tiles.shape[0] * OUTS), jnp.float32)
     target = native.target(native.Kernel.of(SOURCE, tiles.dtype), "matmul")
-    return jax.ffi.ffi_call(target, padded)(x.astype(jnp.float32), tiles, used)[:, :outs]
+    return jax.ffi.ffi_call(target, _padded(x, tiles))(x.astype(jnp.float32), tiles, used)[:, :outs]
+
+
+def matmul_int8(x: jax.Array, tiles: jax.Array, scales: jax.Array, used: jax.Array) -> jax.Array:
+    """float32 `[N, outs]` of x `[N, in]`, the tiles of w `[outs, in]` in 8 bits and their scales `[outs]`.
+
+    Rows from `used` on are zeros.
+    """
+    call = jax.ffi.ffi_call(native.target(INT8, "matmul_int8"), _padded(x, tiles))
+    return call(x.astype(jnp.float32), tiles, scales, used)[:, : len(scales)]
+
+
+def _padded(x: jax.Array, tiles: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[0], tiles.shape[0] * OUTS), jnp.float32)

@@ -1,4 +1,5 @@
-// The matrix units of x86 (AMX): tiles of up to 16 rows of 64 bytes, multiplied 16 x 16 x 32 bf16 numbers at a time.
+// The matrix units of x86 (AMX): tiles of up to 16 rows of 64 bytes, multiplied 16 x 16 x 32 bf16 numbers or 64 bytes at
+// a time.
 //
 // Compiled with -DEMULATE_AMX the same calls are played in plain C++, so that what is built from them is tested on
 // every processor.
@@ -60,6 +61,19 @@ void tile_multiply() {
       std::memcpy(emulated_tiles[Sums].rows[i] + 4 * j, &sum, sizeof sum);
     }
 }
+// sums [16, 16] += a [16, 64] · b [16, 16, 4], bytes, of which those of a have a sign
+template <int Sums, int A, int B>
+void tile_multiply_bytes() {
+  for (int i = 0; i < kTileSide; ++i)
+    for (int j = 0; j < 16; ++j) {
+      uint32_t sum = read<uint32_t>(emulated_tiles[Sums].rows[i] + 4 * j);
+      for (int k = 0; k < 16; ++k)
+        for (int p = 0; p < 4; ++p)
+          sum += uint32_t(read<int8_t>(emulated_tiles[A].rows[i] + 4 * k + p) *
+                          emulated_tiles[B].rows[k][4 * j + p]);
+      std::memcpy(emulated_tiles[Sums].rows[i] + 4 * j, &sum, sizeof sum);
+    }
+}
 
 #else
 
@@ -102,6 +116,11 @@ void tile_store(void* to, int64_t stride) {
 template <int Sums, int A, int B>
 void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
+}
+// sums [16, 16] += a [16, 64] · b [16, 16, 4], bytes, of which those of a have a sign
+template <int Sums, int A, int B>
+void tile_multiply_bytes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(A), "i"(B));
 }
 
 #endif

@@ -1,0 +1,200 @@
+// y [rows, outs] = x [rows, depth] · wᵀ for weights that are kept in tiles (see matmul/tiles.py):
+//
+//     w [outs / 16, cells, 16]        a cell has four bytes of one output: neighbours along the depth
+//
+// A register of cells has as many outputs as lanes, and is multiplied by one cell of x in all lanes. A tile is read
+// from its begin to its end, and is what matrix units (AMX) take as it is.
+//
+// Every number of y is one sum in the order of the depth, a block of it after the other, whatever else is computed:
+// a row's bits do not depend on the other rows.
+//
+// What is multiplied is a Unit's business. It has
+//     Number          of x; a cell of w meets kPerCell of them
+//     Sum, Sums       of y: one, and a register of them
+//     Cells           kRegistersPerCells registers: what load(Cell*) makes of one of w
+//     add(x, w, sums) the sums, and in each lane the product of a cell of x and one of w
+//     kRows           rows of x for whose sums there are registers
+//     kBlock          cells of the depth that are summed up at a time
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "parallel.h"
+#include "tiles.h"
+#include "vector.h"
+
+namespace jaxserve {
+
+constexpr int kOuts = 16;  // of a tile
+// A few tiles of so many cells of the depth stay in the second cache, and so do as many rows of x.
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kRowsPerTask = 192;
+
+using Cell = uint32_t;
+
+// A product or a part of it: y [rows, tiles * kOuts] (+)= x [rows, cells * kPerCell] · w.
+template <class Unit>
+struct TiledProduct {
+  const typename Unit::Number* x;
+  int64_t x_stride;
+  const Cell* w;
+  int64_t w_stride;  // from tile to tile
+  typename Unit::Sum* y;
+  int64_t y_stride;
+  int64_t rows, tiles, cells;
+  bool add;
+
+  TiledProduct of(int64_t row, int64_t tile, int64_t rows, int64_t tiles) const {
+    return {x + row * x_stride, x_stride, w + tile * w_stride, w_stride, y + row * y_stride + tile * kOuts, y_stride,
+            rows,  tiles, cells, add};
+  }
+};
+
+// ---- Vector registers
+
+inline void store(uint32_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
+
+// Tiles of y in registers: Rows rows of x by Tiles tiles of w.
+template <class Unit, int Rows, int Tiles>
+void multiply_tiles(const TiledProduct<Unit>& p) {
+  using Sums = typename Unit::Sums;
+  constexpr int kPerTile = kOuts / kLanes, kVectors = Tiles * kPerTile;
+  Sums sums[Rows][kVectors] = {};
+  for (int64_t k = 0; k < p.cells; ++k) {
+    typename Unit::Cells cells[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      cells[v] = Unit::load(p.w + v / kPerTile * p.w_stride + k * kOuts + v % kPerTile * kLanes);
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        sums[i][v] = Unit::add(p.x + i * p.x_stride + k * Unit::kPerCell, cells[v], sums[i][v]);
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < kVectors; ++v) {
+      typename Unit::Sum* to = p.y + i * p.y_stride + v * kLanes;
+      store(to, p.add ? read<Sums>(to) + sums[i][v] : sums[i][v]);
+    }
+}
+
+// Up to Rows rows, as many tiles at a time as there are registers for.
+template <class Unit, int Rows = Unit::kRows>
+void multiply_rows(const TiledProduct<Unit>& p) {
+  constexpr int kMost = kRegisters * kLanes / kOuts / (Unit::kRows + Unit::kRegistersPerCells + 1);
+  if constexpr (Rows > 1)
+    if (p.rows < Rows) return multiply_rows<Unit, Rows - 1>(p);
+  int64_t tile = 0;
+  for (; tile + kMost <= p.tiles; tile += kMost) multiply_tiles<Unit, Rows, kMost>(p.of(0, tile, Rows, kMost));
+  for (; tile < p.tiles; ++tile) multiply_tiles<Unit, Rows, 1>(p.of(0, tile, Rows, 1));
+}
+
+template <class Unit>
+struct Vectors : Unit {
+  static constexpr int64_t kRowsRead = 1;
+  static void multiply(const TiledProduct<Vectors>& p) {
+    constexpr int64_t kAtOnce = Unit::kRows;
+    for (int64_t row = 0; row < p.rows; row += kAtOnce)
+      multiply_rows(p.of(row, 0, std::min(kAtOnce, p.rows - row), p.tiles));
+  }
+};
+
+// ---- Matrix units
+
+#ifdef HAVE_TILES
+template <int... I, class Body>
+void each(std::integer_sequence<int, I...>, const Body& body) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+// body(0), body(1) ... with numbers that the compiler knows.
+template <int Count, class Body>
+void each(const Body& body) {
+  each(std::make_integer_sequence<int, Count>(), body);
+}
+
+// Unit has Number, Sum, kPerCell, kBlock and multiply_tile<Sums, A, B>(), which multiplies tiles.
+template <class Unit>
+struct Matrices : Unit {
+  static constexpr int64_t kRowsRead = kTileSide;  // x has rows up to a multiple of this
+
+  static void multiply(const TiledProduct<Matrices>& p) {
+    const TileUse use;
+    int64_t row = 0;
+    for (; p.rows - row > kTileSide; row += 2 * kTileSide) blocks<2, 2>(p.of(row, 0, p.rows - row, p.tiles));
+    if (row < p.rows) blocks<1, 4>(p.of(row, 0, p.rows - row, p.tiles));
+  }
+
+ private:
+  template <int Rows, int Outs>
+  static void blocks(const TiledProduct<Matrices>& p) {
+    int64_t tile = 0;
+    for (; tile + Outs <= p.tiles; tile += Outs) block<Rows, Outs>(p.of(0, tile, p.rows, Outs));
+    for (; tile < p.tiles; ++tile) block<Rows, 1>(p.of(0, tile, p.rows, 1));
+  }
+
+  // Rows x Outs tiles of y: they are tiles 0 to 3, those of x are 4 and 5, of w 6 and 7.
+  template <int Rows, int Outs>
+  static void block(const TiledProduct<Matrices>& p) {
+    each<Rows * Outs>([](auto sums) { tile_zero<sums>(); });
+    const int64_t x_bytes = p.x_stride * sizeof *p.x;
+    for (int64_t k = 0; k < p.cells; k += kTileSide) {
+      each<Rows>([&](auto i) { tile_load<4 + i>(p.x + i * kTileSide * p.x_stride + k * Unit::kPerCell, x_bytes); });
+      each<Outs>([&](auto j) {
+        tile_load<6 + j % 2>(p.w + j * p.w_stride + k * kOuts, kTileBytes);
+        constexpr int out = j;
+        each<Rows>([](auto i) { Unit::template multiply_tile<i * Outs + out, 4 + i, 6 + out % 2>(); });
+      });
+    }
+    each<Rows * Outs>([&](auto sums) {
+      typename Unit::Sum made[kTileSide][kOuts];
+      tile_store<sums>(made, kTileBytes);
+      const int64_t first = sums / Outs * kTileSide;
+      for (int64_t i = first; i < std::min<int64_t>(p.rows, first + kTileSide); ++i) {
+        auto* to = p.y + i * p.y_stride + sums % Outs * kOuts;
+        for (int j = 0; j < kOuts; ++j) to[j] = p.add ? to[j] + made[i - first][j] : made[i - first][j];
+      }
+    });
+  }
+};
+#endif
+
+// ---- The whole product
+
+// How many rows of x have to be there, for a unit that reads some at once.
+template <class Unit>
+int64_t rows_read(int64_t rows) {
+  return (rows + Unit::kRowsRead - 1) / Unit::kRowsRead * Unit::kRowsRead;
+}
+
+// prepare(row) for all rows, many of them at a time.
+template <class Prepare>
+void for_rows(xla::ffi::ThreadPool& pool, int64_t rows, const Prepare& prepare) {
+  parallel_for(pool, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+    for (int64_t row = task * kRowsPerTask; row < std::min(rows, (task + 1) * kRowsPerTask); ++row) prepare(row);
+  });
+}
+
+// How many tiles a task takes: what is read well at once, or one less if that divides the work more evenly.
+inline int64_t tiles_per_task(int64_t tiles, int64_t threads) {
+  const auto longest = [&](int64_t each) { return ((tiles + each - 1) / each + threads - 1) / threads * each; };
+  return longest(3) < longest(4) ? 3 : 4;
+}
+
+// Calls finish(row, tile, part) with each part of y that is complete.
+template <class Unit, class Finish>
+void multiply(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, const Finish& finish) {
+  const int64_t rows = whole.rows, tiles = whole.tiles, each = tiles_per_task(tiles, pool.num_threads());
+  const int64_t panels = (tiles + each - 1) / each, chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  parallel_for(pool, panels * chunks, [&](int64_t task) {
+    const int64_t row = task / panels * kRowsPerTask, tile = task % panels * each;
+    auto part = whole.of(row, tile, std::min(kRowsPerTask, rows - row), std::min(each, tiles - tile));
+    for (int64_t done = 0; done < whole.cells; done += part.cells) {
+      part.cells = std::min(Unit::kBlock, whole.cells - done);
+      part.add = done > 0;
+      Unit::multiply(part);
+      part.x += part.cells * Unit::kPerCell, part.w += part.cells * kOuts;
+    }
+    finish(row, tile, part);
+  });
+}
+
+}  // namespace jaxserve
