@@ -29,6 +29,10 @@ inline Floats nth_of_cells(const Float16* p, int n) {
   return load(numbers);
 }
 
+struct NoUnit {
+  ~NoUnit() {}
+};
+
 // Every number widened to a float: exact, in one or two products.
 template <class T>
 struct Widened {
@@ -36,6 +40,7 @@ struct Widened {
   using Factor = float;  // of a
   static constexpr int kNumbers = 4 / sizeof(T);  // of a cell
   static constexpr int kProducts = kNumbers;
+  using Unit = NoUnit;   // what a thread has while it multiplies
   // The shapes that it multiplies are multiples of these.
   static constexpr int64_t kRowStep = 1, kDepthStep = kNumbers, kColStep = kLanes;
 
@@ -49,12 +54,24 @@ struct Widened {
 struct Pairs {
   using Number = BFloat16;
   using Factor = BFloat16;
+  using Unit = NoUnit;
   static constexpr int kNumbers = 2, kProducts = 1;
   static constexpr int64_t kRowStep = 1, kDepthStep = kNumbers, kColStep = kLanes;
 
   static __m512bh cells(const BFloat16* b, int) { return read<__m512bh>(b); }
   static __m512bh factor(const BFloat16* a, int) { return bits_as<__m512bh>(_mm512_set1_epi32(read<int>(a))); }
   static Floats add(Floats sum, __m512bh factor, __m512bh cells) { return _mm512_dpbf16_ps(sum, factor, cells); }
+};
+#endif
+
+#ifdef HAVE_TILES
+// Pairs too, in the matrix units.
+struct Tiles {
+  using Number = BFloat16;
+  using Factor = BFloat16;
+  using Unit = TileUse;
+  static constexpr int kNumbers = 2;
+  static constexpr int64_t kRowStep = kTileSide, kDepthStep = 2 * kTileSide, kColStep = kTileSide;
 };
 #endif
 
@@ -141,5 +158,57 @@ void multiply(const Product<Form>& p, int64_t rows, int64_t cols) {
     of_rows[step - 1](p, row, 0, cols);
   }
 }
+
+#ifdef HAVE_TILES
+
+// ---- In the matrix units
+
+// Of c as many tiles as this: 0 to 3 are its sums, 4 and 5 are of a, 6 and 7 of b.
+template <int Rows, int Cols>
+void multiply_some(const Product<Tiles>& p, int64_t row, int64_t col) {
+  const BFloat16* a = p.a + row * p.a_stride;
+  const int64_t a_bytes = p.a_stride * sizeof *a, b_bytes = p.b_stride * sizeof *a, c_bytes = p.c_stride * sizeof(float);
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const BFloat16* b = p.b[part].cells + col * Tiles::kNumbers;
+    for (int64_t step = 0; step < p.b[part].count; step += kTileSide) {
+      tile_load<4>(a, a_bytes);
+      tile_load<6>(b, b_bytes);
+      tile_multiply<0, 4, 6>();
+      if constexpr (Cols == 2) {
+        tile_load<7>(b + Tiles::kColStep * Tiles::kNumbers, b_bytes);
+        tile_multiply<1, 4, 7>();
+      }
+      if constexpr (Rows == 2) {
+        tile_load<5>(a + Tiles::kRowStep * p.a_stride, a_bytes);
+        tile_multiply<2, 5, 6>();
+        if constexpr (Cols == 2) tile_multiply<3, 5, 7>();
+      }
+      a += Tiles::kDepthStep;
+      b += kTileSide * p.b_stride;
+    }
+  }
+  float *c = p.c + row * p.c_stride + col, *below = c + Tiles::kRowStep * p.c_stride;
+  tile_store<0>(c, c_bytes);
+  if constexpr (Cols == 2) tile_store<1>(c + Tiles::kColStep, c_bytes);
+  if constexpr (Rows == 2) tile_store<2>(below, c_bytes);
+  if constexpr (Rows == 2 && Cols == 2) tile_store<3>(below + Tiles::kColStep, c_bytes);
+}
+
+template <int Rows>
+void multiply_tiles(const Product<Tiles>& p, int64_t row, int64_t cols) {
+  int64_t col = 0;
+  for (; col + 2 * Tiles::kColStep <= cols; col += 2 * Tiles::kColStep) multiply_some<Rows, 2>(p, row, col);
+  if (col < cols) multiply_some<Rows, 1>(p, row, col);
+}
+
+template <>
+inline void multiply(const Product<Tiles>& p, int64_t rows, int64_t cols) {
+  int64_t row = 0;
+  for (; row + 2 * Tiles::kRowStep <= rows; row += 2 * Tiles::kRowStep) multiply_tiles<2>(p, row, cols);
+  if (row < rows) multiply_tiles<1>(p, row, cols);
+}
+
+#endif
 
 }  // namespace jaxserve

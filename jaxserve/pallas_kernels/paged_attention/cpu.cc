@@ -30,6 +30,8 @@ constexpr int64_t kSplit = 256;
 constexpr int64_t kTileRows = 96;
 // And at least as many, if there are too few tiles for the threads.
 constexpr int64_t kFewRows = 24;
+// What products of every form have their columns in.
+constexpr int64_t kWidthStep = 16;
 constexpr int64_t kRowsPerWrite = 64;
 
 constexpr int64_t down(int64_t n, int64_t step) { return n / step * step; }
@@ -37,7 +39,7 @@ constexpr int64_t up(int64_t n, int64_t step) { return down(n + step - 1, step);
 
 struct Batch {
   int64_t rows, heads, kv_heads, group, dim, table_width, seqs;
-  int64_t width;         // dim, rounded up to whole vectors
+  int64_t width;         // dim, rounded up to kWidthStep
   const float* q;        // [rows, heads, dim]
   const float* sinks;    // [heads] or null
   const float* alibi;    // [heads] or null
@@ -131,7 +133,7 @@ class Context {
     used.first = std::max<int64_t>(b.first_visible(t.first_pos) - split * kSplit, 0);
     used.end = std::min(t.end_pos() - split * kSplit, kSplit);
     padded = {down(used.first, kStep), up(used.end, kStep)};
-    if (pool.block_size % kStep == 0 && pool.dim % kStep == 0)
+    if (pool.block_size % kStep == 0 && pool.dim % kStep == 0 && pool.dim == b.width)
       find(scratch);
     else
       copy(b, scratch);
@@ -315,17 +317,18 @@ class Attention {
   using Number = typename Form::Number;
 
   Attention(const Batch& b, const Pool<Number>& pool, const Plan& plan)
-      : b_(b), pool_(pool), part_size_(Softmax::size(up(b.group, Form::kRowStep), b.width)),
+      : b_(b), pool_(pool), part_size_(Softmax::size(b.group, up(b.group, Form::kRowStep), b.width)),
         parts_(new float[plan.parts * part_size_]), done_(new std::atomic<int64_t>[plan.counters]) {
     for (int64_t i = 0; i < plan.counters; ++i) done_[i] = 0;
   }
 
   void run(const Task& task) {
     static thread_local Scratch scratch;
+    const typename Form::Unit unit;
     const Tile& t = task.tile;
     const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b_.dim, Form::kDepthStep);
     gather_queries(b_, t, depth, scratch.queries.of<typename Form::Factor>(rows * depth));
-    const int64_t first = t.first_split(b_), splits = t.splits(b_), size = Softmax::size(rows, b_.width);
+    const int64_t first = t.first_split(b_), splits = t.splits(b_), size = Softmax::size(t.rows, rows, b_.width);
     const Softmax all(scratch.all.of<float>(size), t.rows, b_.width);
     if (task.split == Task::kAll) {
       const Softmax part(scratch.part.of<float>(size), t.rows, b_.width);
@@ -400,6 +403,10 @@ void write_and_attend(ffi::ThreadPool& threads, const Batch& b, const Pool<typen
 template <class Number>
 void compute(ffi::ThreadPool& threads, const Batch& b, const Pool<Number>& pool, const void* k, const void* v,
              [[maybe_unused]] bool exact) {
+#ifdef HAVE_TILES
+  if constexpr (std::is_same_v<Number, BFloat16>)
+    if (!exact && tiles_allowed()) return write_and_attend<Tiles>(threads, b, pool, k, v);
+#endif
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<Number, BFloat16>)
     if (!exact) return write_and_attend<Pairs>(threads, b, pool, k, v);
@@ -432,7 +439,7 @@ ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyB
   b.rows = q.dimensions()[0], b.heads = q.dimensions()[1];
   b.kv_heads = pool.kv_heads, b.dim = pool.dim;
   b.group = b.heads / b.kv_heads;
-  b.width = up(b.dim, kLanes);
+  b.width = up(b.dim, kWidthStep);
   b.seqs = tables.dimensions()[0], b.table_width = tables.dimensions()[1];
   b.q = q.typed_data(), b.out = out->typed_data();
   b.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;

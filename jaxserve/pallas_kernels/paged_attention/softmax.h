@@ -18,8 +18,10 @@ struct Softmax {
   float *values, *top, *mass;
 
   Softmax(float* memory, int64_t rows, int64_t width)
-      : rows(rows), width(width), values(memory), top(memory + rows * width), mass(top + rows) {}
-  static int64_t size(int64_t rows, int64_t width) { return rows * (width + 2); }
+      : rows(rows), width(width), values(memory + front(rows)), top(memory), mass(top + rows) {}
+  // With as many rows of values as products write.
+  static int64_t size(int64_t rows, int64_t written, int64_t width) { return front(rows) + written * width; }
+  static int64_t front(int64_t rows) { return (2 * rows + 15) / 16 * 16; }
 
   // Has seen nothing but the sinks of `group` heads, if not null: row r is of head r % group.
   void begin(const float* sinks, int64_t group) const {

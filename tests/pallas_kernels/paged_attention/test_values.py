@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import paged_attention
 
-from .cases import CASES, Case, Inputs, make, oracle, plain, stored_for
+from .cases import BF16, CASES, Case, Inputs, make, oracle, plain, stored_for
 
 NATIVE = pytest.param("cpu", marks=pytest.mark.compiler)
 IMPLEMENTATIONS = ["reference", "xla", "gpu", NATIVE]
@@ -73,11 +73,44 @@ def test_random_batches(implementation, case, seed):
     check(implementation, make(case, seed), options=None if implementation == "xla" else QUICK_COMPILE)
 
 
+@st.composite
+def layers(draw) -> Case:
+    """Batches of any layer, long contexts among them."""
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    singles = draw(st.integers(0, 4))
+    chunks = draw(st.lists(st.integers(2, 60), min_size=not singles, max_size=2))
+    lens = (*[1] * singles, *chunks)
+    dtype = draw(st.sampled_from([BF16, BF16, jnp.float32, jnp.float16]))
+    sizes = {
+        "dim": draw(st.sampled_from([8, 20, 32, 40, 64, 80, 128])),
+        "block_size": draw(st.sampled_from([2, 16, 20, 32, 48, 64, 128])),
+    }
+    options = {name: draw(st.booleans()) for name in ("sinks", "alibi")}
+    options["window"] = draw(st.sampled_from([0, 0, 3, 100, 300]))
+    options["soft_cap"] = draw(st.sampled_from([0.0, 0.0, 4.0]))
+    starts = tuple(draw(st.sampled_from([0, 1, 15, 30, 63, 200, 255, 300, 600])) for _ in lens)
+    pads = {"pad_seqs": draw(st.integers(0, 2)), "pad_rows": len(lens) + 3 if chunks else 0}
+    return Case(
+        "drawn", lens, starts, group * kv_heads, kv_heads, dtype=dtype, bits=True, **sizes, **options, **pads
+    )
+
+
+@pytest.mark.compiler
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=layers(), seed=st.integers(0, 2**16))
+def test_random_layers_in_cpp(case, seed):
+    check("cpu", make(case, seed))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_another_sequence_left_behind_is_not_read(implementation):
+@pytest.mark.parametrize(
+    "layer", [{}, {"dtype": BF16, "bits": True, "block_size": 32}], ids=["float32", "bf16 bits"]
+)
+def test_what_another_sequence_left_behind_is_not_read(implementation, layer):
     """NaN in slots that hold none of a sequence's tokens stays there."""
-    x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1))
-    x.pool = jnp.where(x.pool == 1000.0, jnp.nan, x.pool)
+    x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1, **layer))
+    stale, nan = (np.asarray(number, x.q.dtype).view(x.pool.dtype) for number in (1000.0, np.nan))
+    x.pool = jnp.where(x.pool == stale, nan, x.pool)
     out, _ = run(implementation, x)
     want = oracle(x)[0][np.asarray(x.meta.row_pos) >= 0]
     np.testing.assert_allclose(out, want, rtol=0, atol=TOLERANCE[x.q.dtype])
