@@ -69,6 +69,8 @@ class StepLayout(NamedTuple):
     def pack(self, chunks: list[Chunk], dummy_slot: int) -> np.ndarray:
         """int32 [size] for chunks in their order, single tokens first; padding points at the dummy slot."""
         packed = _empty(self, dummy_slot).copy()
+        if not chunks:
+            return packed
         tokens: list[int] = []
         slots: list[int | None] = []
         updates: list[tuple[int | None, int, int]] = []
@@ -81,7 +83,7 @@ class StepLayout(NamedTuple):
         _, starts, lengths, _, samples = zip(*chunks, strict=True)
         columns: list[Sequence[Any]] = [tokens, slots, starts, lengths, samples, *zip(*updates, strict=True)]
         for place, values in zip(_places(self).values(), columns, strict=False):  # perhaps without updates
-            packed[place.start : place.start + len(values)] = values
+            packed[place][: len(values)] = values
         return packed
 
 
