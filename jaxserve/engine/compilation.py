@@ -83,7 +83,9 @@ class Shelf:
         """`facts`: what the programs of one engine share."""
         self._devices = list(devices)
         platform = devices[0].client.platform_version
-        self._facts = "\n".join(map(str, (_sources(), *_versions(), platform, self._devices, *facts)))
+        kinds = [device.device_kind for device in devices]
+        facts = (_sources(), *_versions(), platform, self._devices, kinds, *facts)
+        self._facts = "\n".join(map(str, facts))
         self._folder = cache_dir()
         self.bytes = 0
         """Of all programs that were read or written."""
@@ -188,8 +190,12 @@ def _sources() -> str:
 
 def _versions() -> list[str]:
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
-    found = (jax.__version__, jaxlib.version.__version__, flax.__version__, processor.identity(), settings)
-    return [*map(str, found), *(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))]
+    found = (jax.__version__, jaxlib.version.__version__, flax.__version__, processor.identity())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    named = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC")
+    # the compiler cuts loops into as many parts as there are cores
+    environment = [os.environ.get(name, "") for name in named]
+    return [*map(str, (*found, sorted(settings.items()), cores)), *environment]
 
 
 def _listen() -> None:
