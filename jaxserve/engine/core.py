@@ -91,6 +91,7 @@ class EngineCore:
                 self.model.load(checkpoint)
         del checkpoint  # and with it the files that are mapped
         self._kv, self._slots = self._programs.empty_state()
+        self._closed = threading.Event()
         if platform is CPU and mesh.size == 1:
             pools = [(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in self._kv]
             threading.Thread(target=self._take_memory, args=(pools,), name="memory", daemon=True).start()
@@ -119,7 +120,7 @@ class EngineCore:
     def _take_memory(self, pools: list[tuple[int, int]]) -> None:
         """All that the pool may ever hold, once there is time for it: load is to find no memory missing."""
         if self._programs.wait_until_warm():
-            pages.take(pools)
+            pages.take(pools, self._closed)
 
     @property
     def state(self) -> Literal["ready", "warm"]:
@@ -215,6 +216,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Stop compiling and let go of the device's memory."""
+        self._closed.set()
         self._programs.close()
         self._flights.clear()
         self._kv, self._slots, self.model.weights = [], None, []  # type: ignore[assignment]

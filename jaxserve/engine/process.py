@@ -90,7 +90,6 @@ def _engine_core(config: EngineConfig) -> Core:
     from jaxserve.engine.core import EngineCore  # heartbeats go out while jax is imported
 
     core = EngineCore(config)
-    gc.freeze()
     threading.Thread(target=_freeze_when_warm, args=(core,), name="freeze", daemon=True).start()
     return core
 

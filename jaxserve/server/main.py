@@ -94,6 +94,7 @@ async def _watch(config: ServerConfig, engine: AsyncEngine, place: str) -> str:
         await engine.start()
     except JaxserveError as error:
         return str(error)
+    gc.collect()
     gc.freeze()  # what was imported and loaded stays, and is not looked at again
     names = ", ".join(config.served_model_name or [config.model])
     print(f"jaxserve listens on {place} and serves {names} ({engine.max_model_len} tokens)", flush=True)

@@ -7,10 +7,11 @@ from jaxserve.engine import pages
 
 
 def test_the_whole_pool_is_taken_after_the_last_program(model_dir, monkeypatch):
-    taken, asked = [], threading.Event()
+    taken, stops, asked = [], [], threading.Event()
 
-    def take(places):
+    def take(places, stop):
         taken.extend(places)
+        stops.append(stop)
         asked.set()
 
     monkeypatch.setattr(pages, "take", take)
@@ -20,4 +21,6 @@ def test_the_whole_pool_is_taken_after_the_last_program(model_dir, monkeypatch):
         assert not asked.is_set() or core.state == "warm"
         assert asked.wait(300) and core.state == "warm"
         pools = {(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in core._kv}
+        assert not stops[0].is_set()
+    assert stops[0].is_set()  # their memory is gone
     assert set(taken) == pools
