@@ -42,6 +42,8 @@ class EventStream(Response):
 
     def write(self, *events: bytes) -> None:
         """Send JSON texts, an event each."""
+        if not events:  # nothing sent as a chunk would end the body
+            return
         data = b"".join([b"data: %b\n\n" % event for event in events])
         if not self._held and self._write_now is not None and self._write_now(data):
             self._sent = self._clock()

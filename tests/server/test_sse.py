@@ -55,6 +55,21 @@ def test_no_comments_beside_events_that_take_the_short_way(monkeypatch):
     assert send_all(produce, scope) == "data: 1\n\ndata: [DONE]\n\n"
 
 
+def test_nothing_is_not_sent():
+    """An empty chunk would end the body."""
+    sent = []
+
+    async def produce(stream):
+        stream.write(b"1")
+        await asyncio.sleep(0.02)
+        stream.write()
+        stream.write(b"2")
+
+    scope = {"extensions": {WRITE: lambda data: sent.append(data) or True}}
+    assert send_all(produce, scope) == "data: 1\n\ndata: [DONE]\n\n"
+    assert sent == [b"data: 2\n\n"]
+
+
 def test_an_error_before_the_first_event_is_raised():
     async def produce(stream):
         raise InvalidRequest("no", "prompt")

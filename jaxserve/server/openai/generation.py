@@ -62,6 +62,8 @@ class Generation:
             try:
                 async with asyncio.timeout_at(self._deadline):
                     for i in range(len(self._prompts)):
+                        if ended.done():  # with an error: no more is begun
+                            break
                         jobs.append(await self._submit(i, partial(self._take, show, ended, i)))
                         if len(self._prompts) > 1:
                             await asyncio.sleep(0)  # others have a turn between any two
