@@ -104,7 +104,7 @@ def find(kernel: Kernel) -> Path | None:
             if path.stem.endswith(f"-{_hash(path.read_bytes())}"):
                 return path
             log.warning("%s is damaged: it is made anew", path)
-            path.unlink()
+            path.unlink(missing_ok=True)  # by another process, perhaps
     except OSError as error:
         raise NativeError(f"no C++ kernels: {error}") from None
     return None

@@ -175,6 +175,7 @@ void for_rows(xla::ffi::ThreadPool& pool, int64_t rows, const Prepare& prepare) 
 
 // How many tiles a task takes: what is read well at once, or one less if that divides the work more evenly.
 inline int64_t tiles_per_task(int64_t tiles, int64_t threads) {
+  threads = std::max<int64_t>(1, threads);
   const auto longest = [&](int64_t each) { return ((tiles + each - 1) / each + threads - 1) / threads * each; };
   return longest(3) < longest(4) ? 3 : 4;
 }

@@ -279,6 +279,7 @@ struct Plan {
   int64_t parts = 0, counters = 0;
 
   Plan(const Batch& b, int64_t threads) {
+    threads = std::max<int64_t>(1, threads);
     int64_t tokens = std::max<int64_t>(1, kTileRows / b.group);
     while (tokens > 1 && tokens * b.group > kFewRows && b.rows / tokens * b.kv_heads < 4 * threads) tokens /= 2;
     int64_t splits = 0;  // of all single rows
