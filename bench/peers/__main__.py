@@ -25,12 +25,10 @@ from pathlib import Path
 
 from bench.peers import report, setup
 from bench.peers.catalogue import OURS, PEERS, SLOT, Peer, Shelf, catalogue
-from bench.peers.process import InPython, OverHTTP, PeerFailed, Running, Work
+from bench.peers.process import BUSY, InPython, OverHTTP, PeerFailed, Running, Work
 
 ACTIONS = ("setup", "run", "report")
 WAYS: dict[str, type[Running]] = {"python": InPython, "http": OverHTTP}
-BUSY = 0.02
-"""Part of a core that an idle peer may take."""
 
 
 def main() -> None:
@@ -116,7 +114,9 @@ def compare(peers: dict[str, Peer], args: argparse.Namespace, journal: Journal) 
                         measure(name, running, work, journal)
         finally:
             for name, each in running.items():
-                journal.write(name, "memory", each.stop() / 2**20)
+                peak = each.stop()
+                if name in peers:  # and has not failed
+                    journal.write(name, "memory", peak / 2**20)
 
 
 def start(peer: Peer, running: dict[str, Running], args: argparse.Namespace, journal: Journal) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,13 @@ from bench.processes import PeakMemory, cpu_seconds, tree
 WORKER = Path(__file__).with_name("worker.py")
 ENDING = 20.0
 """Seconds in which a peer that is done may end by itself."""
+
+
+BUSY = 0.02
+"""Part of a core that an idle peer may take."""
+QUIET = 2.0
+LONGEST_SETTLING = 180.0
+"""Seconds."""
 
 
 class PeerFailed(Exception):
@@ -81,7 +89,8 @@ class Running(ABC):
     def stop(self) -> int:
         """End it; the most memory that all its processes took together, in bytes."""
         peak = self._memory.stop()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # of one that died with something unread
+            self._process.stdin.close()
         if not self.answers:
             self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -155,15 +164,25 @@ class OverHTTP(Running):
                 model = self._get("/v1/models")["data"][0]["id"]
                 self._get("/v1/completions", {"model": model, "prompt": [5] * 16, "max_tokens": 1})
                 return
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    raise PeerFailed(f"it refuses the first request: {error.read()[:200]!r}") from None
             except (OSError, LookupError):  # not yet: it does not listen, or answers 503
                 if self._process.poll() is not None:
                     raise self._failed("its server ended") from None
                 time.sleep(0.02)
 
     def settle(self) -> None:
-        """Nothing: the client waits for that."""
+        """Until it has taken next to no processor time for a while."""
+        end = time.monotonic() + LONGEST_SETTLING
+        while time.monotonic() < end:
+            before = self.cpu_seconds()
+            time.sleep(QUIET)
+            if self.cpu_seconds() - before < QUIET * BUSY:
+                return
 
     def measure(self, work: Work) -> dict[str, float]:
+        self._load(work, 2)  # some make their buffers and kernels for a size when they first see it
         whole, first = self._load(work, work.output), self._load(work, 1)
         return {
             "output": whole["output_throughput"],
