@@ -6,14 +6,15 @@ Starts `jaxserve serve`, measures what it can take (closed-loop, 64 clients), an
 of it: chats and completions, streamed and not, a few shared beginnings, long-tailed lengths, all kinds of
 sampling parameters, clients that leave, and bad requests, which must get a 400. Once a second it notes the
 memory of each process, queue, blocks and steps. At the end it says whether memory, or the time of a step at
-equal load, grew (slope and its 95% interval, the first fifth left out); exit status 1 if so, or if any
-request failed. Writes soak.json and soak.png.
+equal load, grew (slope and its 95% interval, the first fifth left out); exit status 1 if so, if any
+request failed, or if there was too little to tell. Writes soak.json and soak.png.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import math
 import random
 import sys
 import time
@@ -36,8 +37,12 @@ CLIENTS = 64
 """That measure the capacity."""
 WINDOW = 10.0
 """Seconds over which samples are added up: neighbours are then nearly independent."""
+FEWEST = 5
+"""Windows, after the settling, without which a slope says nothing."""
 SETTLING = 0.2
 """Part of the time, at the begin, in which caches and pools may still grow."""
+SHORTEST = 2
+"""Minutes that have enough windows, with some to spare for those without a step."""
 TOLERANCE = {"memory": 0.01, "step time": 0.05}
 """Growth over the run, as a part of the mean, below which even a sure slope does not matter."""
 PATIENCE = 120.0
@@ -296,10 +301,12 @@ class Drift(NamedTuple):
 
 
 def drift(samples: list[Sample]) -> list[Drift]:
-    """Of the memory of each process (MiB), and of a step's time (ms) less what its tokens explain."""
+    """Of the memory of each process (MiB), and of a step's time (ms) less what its tokens explain.
+
+    Nothing where there are too few windows to tell."""
     windows = summed(samples)
     windows = windows[int(SETTLING * len(windows)) :]
-    if len(windows) < 5:
+    if len(windows) < FEWEST:
         return []
     at = np.array([w["at"] for w in windows])
     step = np.array([w["step ms"] for w in windows])
@@ -385,6 +392,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    for name in ("minutes", "load", "capacity_seconds", "scale"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.minutes < SHORTEST:
+        parser.error(f"--minutes {args.minutes:g} are too few to tell whether it drifts: at least {SHORTEST}")
     args.out.mkdir(parents=True, exist_ok=True)
     server = Server(options, args.out / "server.log")
     try:
@@ -396,6 +408,8 @@ def main() -> int:
     if status != 0:
         wrong.append(f"the server's exit status was {status}")
     samples = [Sample(**each) for each in figures["samples"]]
+    if not figures["drift"]:
+        wrong.append(f"too short to tell whether it drifts: {len(summed(samples))} windows with steps")
     (args.out / "soak.json").write_text(json.dumps(figures | {"wrong": wrong}, indent=1))
     draw(samples, f"{args.minutes:g} minutes at {args.load:.0%} of the capacity", args.out / "soak.png")
     print(json.dumps({name: figures[name] for name in figures if name not in ("samples", "drift")}, indent=1))

@@ -9,7 +9,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from bench.soak import Client, Sample, Sent, drift, growth, summed, traffic, watch  # noqa: E402
+from bench.soak import Client, Sample, Sent, drift, growth, main, summed, traffic, watch  # noqa: E402
 
 
 def send(fake, manner, kind="stream", leaves=None):
@@ -120,3 +120,46 @@ def test_a_second_in_which_the_engine_does_not_answer_is_left_out():
     with pytest.raises(RuntimeError, match="StopIteration"):
         asyncio.run(watch(Server(), None, seen))
     assert len(seen) == 1 and seen[0].engine > 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--load", "0"], "--load must be above 0"),
+        (["--capacity-seconds", "nan"], "--capacity-seconds must be above 0"),
+        (["--minutes", "0.5"], "--minutes 0.5 are too few to tell whether it drifts"),
+    ],
+)
+def test_what_would_say_nothing_is_refused(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.setattr("sys.argv", ["soak", "--out", str(tmp_path), *argv])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_too_few_windows_do_not_hold(tmp_path, monkeypatch, capsys):
+    """As when the engine hardly answered."""
+
+    class Idle:
+        target = process = SimpleNamespace(kill=lambda: None)
+
+        def __init__(self, *args):
+            pass
+
+        async def warm(self):
+            pass
+
+        def stop(self):
+            return 0
+
+    async def short(target, args):
+        few = samples()[:40]
+        return {"samples": [each._asdict() for each in few], "drift": drift(few)}, []
+
+    monkeypatch.setattr("bench.soak.Server", Idle)
+    monkeypatch.setattr("bench.soak.soak", short)
+    monkeypatch.setattr("bench.soak.draw", lambda *args: None)
+    monkeypatch.setattr("sys.argv", ["soak", "--out", str(tmp_path)])
+    assert main()
+    out = capsys.readouterr().out
+    assert "too short to tell whether it drifts: 4 windows" in out and "held" not in out
