@@ -20,6 +20,7 @@ import msgspec
 
 from jaxserve.bench.client import Client, Endpoint
 from jaxserve.bench.options import Reporting, add, needs, read
+from jaxserve.bench.serve import is_warm, probe, session
 from jaxserve.bench.workload import Ask
 from jaxserve.cli.flags import Parser, add_options, read_options
 from jaxserve.config import EngineConfig, about
@@ -61,6 +62,11 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"timeout must be above 0, not {self.timeout}")
         if self.command is not None and "{port}" not in self.command:
             raise ConfigError("command must have its {port}")
+        if self.command is not None:
+            try:
+                shlex.split(self.command)
+            except ValueError as error:
+                raise ConfigError(f"command cannot be read: {error}") from None
         if self.command is not None and self.caches:
             if "{cache}" not in self.command:
                 raise ConfigError("caches of another command need a {cache} in it")
@@ -96,6 +102,8 @@ def run(args: Namespace) -> int:
         raise ConfigError(f"{flags[0]} has no meaning with a command: write it into the command")
     needs("aiohttp")
     reporting.check()
+    import aiohttp  # noqa: F401  # now: in a start the time of it would count
+
     from jaxserve.bench import metrics, report, results
 
     kept = msgspec.structs.asdict(options) | {"engine": msgspec.structs.asdict(config)}
@@ -183,8 +191,6 @@ class _Server:
                 raise JaxserveError(f"{error}; its last words: {said}") from None
 
     async def _watch(self, base: str, process: "subprocess.Popen[bytes]", begin: float) -> "Samples":
-        from jaxserve.bench.serve import is_warm, probe, session
-
         deadline = begin + self._options.timeout
         async with session(None, self._options.timeout) as http:
 

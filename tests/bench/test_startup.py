@@ -1,6 +1,7 @@
 """`jaxserve bench startup`: lives of servers that are started, asked and ended."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def test_the_caches_of_another_server(tmp_path):
     assert seen.read_text() == "[]['kept']" * 2
 
 
+def test_the_client_is_loaded_before_a_server_starts():
+    """Else the time of it would count as the server's."""
+    code = (
+        "import subprocess, sys\n"
+        "from jaxserve.cli import main\n"
+        "def started(*args, **options): print('aiohttp' in sys.modules); raise OSError(1, 'enough')\n"
+        "subprocess.Popen = started\n"
+        "main(['bench', 'startup', '--command', 'x {port}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "True"  # before it, git is asked for the commit
+    assert done.stderr == "jaxserve: cannot start x: enough\n"
+
+
 def test_a_server_that_ends_is_quoted(capsys):
     command = f"{sys.executable} -c 'import sys; sys.exit(\"out of luck {{port}}\"[:11])'"
     assert main(["bench", "startup", "--command", command]) == 1
@@ -55,6 +70,7 @@ def test_a_server_that_ends_is_quoted(capsys):
         (["--command", "x"], "command must have its {port}"),
         (["--command", "x {port}", "--caches", "cold"], "need a {cache}"),
         (["--command", "x {port}", "--num-blocks", "9"], "--num-blocks has no meaning with a command"),
+        (["--command", "x {port} 'a"], "command cannot be read: No closing quotation"),
         (["--command", "/no/such/thing {port}"], "cannot start /no/such/thing"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--caches", "hot"], "caches"),
