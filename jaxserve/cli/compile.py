@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.flags import Parser, add_options, read_options
 from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxserve.engine.ahead import Made
@@ -26,6 +27,9 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
+    model = args.positional_model or getattr(args, "model", None)
+    if args.native_only and model:
+        raise ConfigError(f"--native-only takes no model, but {model} is given")
     config = read_options(args, ServerConfig)
     from jaxserve.engine import ahead
 

@@ -51,7 +51,7 @@ def test_a_start_after_it_compiles_nothing(model_dir, tmp_path):
 
 @pytest.mark.compiler
 def test_the_kernels_alone_take_no_model(tmp_path):
-    command = ["-m", "jaxserve", "compile", "not/here", "--native-only", "--dtype", "float32"]
+    command = ["-m", "jaxserve", "compile", "--native-only", "--dtype", "float32"]
     assert made(python(tmp_path, *command)) == {"C++ kernels": (2, 0)}
     assert len(list((tmp_path / "native").iterdir())) == 2
     assert made(python(tmp_path, *command)) == {"C++ kernels": (0, 2)}
@@ -61,3 +61,11 @@ def test_the_kernels_alone_take_no_model(tmp_path):
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert made(python(tmp_path, "-m", "jaxserve", "compile", "--native-only")) == {"C++ kernels": (0, 0)}
+
+
+@pytest.mark.parametrize("model", [["not/here"], ["--model", "not/here"]])
+def test_the_kernels_alone_refuse_a_model(model, capsys):
+    from jaxserve.cli import main
+
+    assert main(["compile", "--native-only", *model]) == 1
+    assert "--native-only takes no model, but not/here is given" in capsys.readouterr().err
