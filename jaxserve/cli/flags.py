@@ -126,9 +126,10 @@ def _items(kind: type, text: str) -> list[Any]:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text} is not a JSON list: {error}") from None
-    if not all(isinstance(item, kind) for item in items):
+    accepted = (int, float) if kind is float else kind
+    if not all(isinstance(item, accepted) and not isinstance(item, bool) for item in items):
         raise argparse.ArgumentTypeError(f"{text} must hold {_PLURAL[kind]} only")
-    return items
+    return [kind(item) for item in items]
 
 
 def _default(option: Option) -> str:

@@ -67,6 +67,16 @@ def test_a_list_of_other_things_is_refused(capsys):
     assert "must hold strings only" in capsys.readouterr().err
 
 
+def test_a_list_of_numbers_may_hold_whole_ones(capsys):
+    from jaxserve.bench import serve
+
+    assert serve.parser().parse_args(["--request-rate", "[1, 2.5]"]).request_rate == [1.0, 2.5]
+    for wrong in ('["a"]', "[true]", "[null]"):
+        with pytest.raises(SystemExit):
+            serve.parser().parse_args(["--request-rate", wrong])
+        assert "must hold numbers only" in capsys.readouterr().err
+
+
 def test_bool_options_have_a_no():
     """No option is a bool yet but aliases are: both spellings reach the table."""
     assert config("--enable-chunked-prefill") == ServerConfig()
