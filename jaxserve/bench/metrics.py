@@ -119,11 +119,13 @@ def parse_goodput(pairs: Iterable[str]) -> dict[str, float]:
 
 
 class Ratio(NamedTuple):
-    """What B is to A in a percentile, and the range of 95% of what resampling makes of it, if it can."""
+    """What B is to A in a percentile, and the range of 95% of what resampling makes of it, if it can.
+
+    There is no ratio to an A of 0."""
 
     a: float
     b: float
-    ratio: float
+    ratio: float | None
     low: float | None = None
     high: float | None = None
 
@@ -131,14 +133,17 @@ class Ratio(NamedTuple):
 def compare(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], percent: float = 50, seed: int = 0
 ) -> Ratio | None:
-    """Rounds of samples of a metric, of two results; None where one has none, or A's percentile is 0.
+    """Rounds of samples of a metric, of two results; None where one has none.
 
     The range is a bootstrap's: rounds are drawn again, and samples in them, and the percentiles divided.
     """
     first, second = ([np.asarray(values) for values in rounds if len(values)] for rounds in (a, b))
-    if not first or not second or not (base := _percentile(first, percent)):
+    if not first or not second:
         return None
-    whole = Ratio(base, _percentile(second, percent), _percentile(second, percent) / base)
+    base, other = _percentile(first, percent), _percentile(second, percent)
+    if base == 0:
+        return Ratio(base, other, None)
+    whole = Ratio(base, other, other / base)
     if min(sum(map(len, rounds)) for rounds in (first, second)) < 2:
         return whole
     rng = np.random.default_rng(seed)
@@ -146,7 +151,8 @@ def compare(
         np.concatenate([_resampled(rng, rounds, percent) for _ in range(RESAMPLES // AT_ONCE)])
         for rounds in (first, second)
     )
-    low, high = np.percentile((others / bases)[bases > 0], [2.5, 97.5])
+    some = bases > 0
+    low, high = np.percentile(others[some] / bases[some], [2.5, 97.5])
     return whole._replace(low=float(low), high=float(high))
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
+import msgspec
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,7 +27,12 @@ WINDOWS = 60
 
 
 def draw(results: Sequence[Result], place: Path) -> list[Path]:
-    """Plots of results of one kind; the files that were written."""
+    """Plots of results of one kind; the files that were written. Labels that are alike get an A or B."""
+    if len({_file_name(result.label) for result in results}) < len(results):
+        results = [
+            msgspec.structs.replace(result, label=f"{letter} {result.label}")
+            for letter, result in zip(ascii_uppercase, results, strict=False)
+        ]
     drawn: list[tuple[str, Figure]] = []
     kind = results[0].kind
     if kind == "startup":

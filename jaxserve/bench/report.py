@@ -155,7 +155,8 @@ def _cells(metric: str, ratio: Ratio) -> list[str]:
     if low is not None and high is not None and more is not None and (low > 1 or high < 1):
         verdict = "better" if (low > 1) == more else "worse"
     shown = f"{low:.3f} to {high:.3f}" if low is not None else ""
-    return [_number(metric, ratio.a), _number(metric, ratio.b), f"{ratio.ratio:.3f}", shown, verdict]
+    times = f"{ratio.ratio:.3f}" if ratio.ratio is not None else ""
+    return [_number(metric, ratio.a), _number(metric, ratio.b), times, shown, verdict]
 
 
 def _number(metric: str, value: float) -> str:

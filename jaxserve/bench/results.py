@@ -41,9 +41,15 @@ class Run(msgspec.Struct, kw_only=True):
     summary: dict[str, Any]
     """Metric -> a number, or its mean and percentiles."""
     samples: dict[str, list[float]]
-    """What the summary was made of."""
+    """What the summary was made of; of `itl_ms` the requests' times are."""
     requests: list[Record] = []
     steps: list[Step] = []
+
+
+class _Head(msgspec.Struct):
+    """What every format begins with."""
+
+    format: int
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -84,7 +90,11 @@ def environment() -> dict[str, Any]:
 def read(path: str) -> Result:
     """Raises ConfigError for a file that is no result of this format."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=Result)
+        data = Path(path).read_bytes()
+        found = msgspec.json.decode(data, type=_Head).format
+        if found != FORMAT:
+            raise ConfigError(f"{path} has the format {found}; this jaxserve reads {FORMAT}")
+        return msgspec.json.decode(data, type=Result)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except msgspec.DecodeError as error:

@@ -10,9 +10,9 @@ from jaxserve.bench.results import Run, Step
 from jaxserve.cli import main
 
 
-def result(path, kind="serve", label="ours", factor=1.0, rounds=4, loads=(1, 4)):
+def result(path, kind="serve", label="ours", factor=1.0, rounds=4, loads=(1, 4), **options):
     """A result whose latencies are `factor` times those of one with a factor of 1."""
-    made = results.new_result(kind, label, {})
+    made = results.new_result(kind, label, options)
     for turn in range(rounds):
         for load in loads:
             records = [
@@ -81,6 +81,10 @@ def test_only_settings_of_both_are_compared(tmp_path, capsys):
         (lambda p: result(p, kind="latency"), "is of bench serve, "),
         (lambda p: result(p, loads=(9,)), "no setting in common"),
         (lambda p: p.write_text("{}"), "is no result of jaxserve bench"),
+        (lambda p: p.write_text('{"format": 2, "kind": 3}'), "has the format 2; this jaxserve reads 1"),
+        (lambda p: result(p, output_len=16), "not do the same work: output_len None or 16"),
+        (lambda p: result(p, ignore_eos=True), "not do the same work: ignore_eos None or True"),
+        (lambda p: result(p, prefix_len=9), "not do the same work: prefix_len None or 9"),
         (lambda p: None, "cannot read"),
     ],
 )
@@ -90,6 +94,60 @@ def test_what_does_not_compare(tmp_path, capsys, b, said):
     assert main(["bench", "compare", a, str(tmp_path / "b.json")]) == 1
     err = capsys.readouterr().err
     assert err.startswith("jaxserve: ") and err.count("\n") == 1 and said in err
+
+
+RANDOM = {"dataset_name": "random", "dataset_path": None}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        ({"num_prompts": 9}, {"num_prompts": 99}, ["num_prompts 9 or 99"]),
+        (
+            {"engine": {"num_blocks": 3, "seed": 1}},
+            {"engine": {"num_blocks": 4, "seed": 2}},
+            ["engine.num_blocks 3 or 4"],
+        ),
+        ({"seed": 1, "rounds": 2, "max_concurrency": [1, 4]}, {"max_concurrency": [4]}, []),
+        (RANDOM | {"input_len": None}, RANDOM | {"input_len": 192}, []),
+        ({"dataset_path": "here/x.json"}, {"dataset_path": "there/x.json"}, []),
+    ],
+)
+def test_other_options_that_differ_stand_above_the_table(tmp_path, capsys, a, b, told):
+    a, b = result(tmp_path / "a.json", **a), result(tmp_path / "b.json", **b)
+    assert main(["bench", "compare", a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("differs: ")] == [f"differs: {each}" for each in told]
+
+
+def test_nothing_beside_something_is_shown(tmp_path, capsys):
+    def goodput(name, values):
+        made = results.read(result(tmp_path / name, rounds=len(values), loads=(1,)))
+        for run, value in zip(made.runs, values, strict=True):
+            run.samples["request_goodput"] = [value]
+        results.write(made, str(tmp_path / name))
+        return str(tmp_path / name)
+
+    a, b = goodput("a.json", [0.0, 0.0]), goodput("b.json", [5.0, 5.0])
+    assert main(["bench", "compare", a, b]) == 0
+    (cells,) = [row for row in rows(capsys) if "objectives" in row[1]]
+    assert cells[2:] == ["0.00", "5.00"]  # no ratio, no verdict
+
+
+def test_plots_have_somewhere_to_go(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    a = result(tmp_path / "a.json")
+    assert main(["bench", "compare", a, a, "--plots", a]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("jaxserve: cannot write to ")
+
+
+def test_labels_that_are_alike_have_a_timeline_each(tmp_path):
+    pytest.importorskip("matplotlib")
+    a, b = result(tmp_path / "a.json"), result(tmp_path / "b.json", factor=1.3)
+    assert main(["bench", "compare", a, b, "--plots", str(tmp_path / "plots")]) == 0
+    timelines = {path.stem for path in (tmp_path / "plots").glob("timeline*")}
+    assert timelines == {"timeline-A_ours", "timeline-B_ours"}
 
 
 def test_a_result_survives_its_file(tmp_path):

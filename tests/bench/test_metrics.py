@@ -103,3 +103,10 @@ def test_rounds_that_differ_widen_the_range():
 def test_other_percentiles_can_be_compared():
     a, b = np.arange(101.0), 2 * np.arange(101.0)
     assert metrics.compare([a], [b], percent=99)[:3] == (99, 198, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_there_is_no_ratio_to_nothing():
+    assert metrics.compare([[0.0, 0.0]], [[5.0, 5.0]]) == (0, 5, None, None, None)
+    some = metrics.compare([[0.0], [1.0], [1.0]], [[2.0], [2.0], [2.0]])  # some resamples of A are 0
+    assert some.ratio == 2 and some.low == 2
