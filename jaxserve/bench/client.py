@@ -24,7 +24,7 @@ class Record(msgspec.Struct):
     start: float
     end: float = 0.0
     times: list[float] = msgspec.field(default_factory=list)
-    """When each event with text in it came."""
+    """When each event with a token came; a completion's may have no text yet."""
     prompt_tokens: int | None = None
     """As the server counts them; None: it did not say."""
     output_tokens: int | None = None

@@ -35,6 +35,8 @@ class Reporting(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     Path(path).mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise ConfigError(f"cannot write to {path}: {error.strerror}") from None
+        if self.output and Path(self.output).is_dir():
+            raise ConfigError(f"cannot write to {self.output}: it is a directory")
 
     def finish(self, result: "Result") -> None:
         if self.output:

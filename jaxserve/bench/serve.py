@@ -6,8 +6,9 @@ import itertools
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SWEEP = ("output_throughput", "request_throughput", "request_goodput", "ttft_ms", "tpot_ms", "e2el_ms")
 POLL_SECONDS = 0.25
+REFUSALS = ("HTTP 401", "HTTP 403")
 
 
 class Options(Workload, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +74,8 @@ class Options(Workload, kw_only=True, forbid_unknown_fields=True):
             for value in getattr(self, name) or ():
                 if not 0 < value < float("inf"):
                     raise ConfigError(f"{name} must be above 0, not {value}")
+        if not _is_url(self.base_url):
+            raise ConfigError(f"base_url must be like http://host:8000, not {self.base_url}")
         if self.num_warmups < 0:
             raise ConfigError(f"num_warmups must not be negative, not {self.num_warmups}")
         if self.burstiness != 1 and not self.request_rate:
@@ -136,23 +140,30 @@ def run(args: Namespace) -> int:
 async def _measure(options: Options, result: Any) -> None:
     from jaxserve.bench import report
 
+    asks = options.asks_of_runs(options.seed, words, _counter(options.tokenizer))
     async with session(options.api_key, options.timeout) as http:
         base = options.base_url.rstrip("/").removesuffix("/v1")
         result.options["model"] = model = await ready(http, base, options)
         server = client.Client(http, base, options.endpoint, model, options.fields())
         for turn in range(options.rounds):
             for setting in options.settings():
-                done = await _run(options, setting, turn, server)
+                done = await _run(options, setting, turn, server, asks)
                 result.runs.append(done)
                 print(report.show_run(done), end="\n\n", flush=True)
 
 
-async def _run(options: Options, setting: Setting, turn: int, server: client.Client) -> "Run":
-    """One setting, once; its prompts are its own, so that no cache knows them."""
+async def _run(
+    options: Options,
+    setting: Setting,
+    turn: int,
+    server: client.Client,
+    asks_of: Callable[[str], Iterator[client.Ask]],
+) -> "Run":
+    """One setting, once."""
     from jaxserve.bench import metrics, results
 
-    seed = f"{options.seed} {turn} {setting.max_concurrency} {setting.request_rate}"
-    asks = options.asks(seed, words, _counter(options.tokenizer))
+    name = f"{turn} {setting.max_concurrency} {setting.request_rate}"
+    asks = asks_of(name)
     begin = time.perf_counter()
     for ask in itertools.islice(asks, options.num_warmups):
         await server.send(ask._replace(output_tokens=min(ask.output_tokens, 8)), begin)
@@ -167,7 +178,8 @@ async def _run(options: Options, setting: Setting, turn: int, server: client.Cli
     if setting.request_rate is None:
         records = await client.closed_loop(server, todo, setting.max_concurrency or 1, options.duration)
     else:
-        due = arrivals(setting.request_rate, options.burstiness, seed)
+        # other random numbers than those that drew the prompts
+        due = arrivals(setting.request_rate, options.burstiness, f"{options.seed} {name} arrivals")
         records = await client.open_loop(server, todo, due, setting.max_concurrency, options.duration)
     duration = time.perf_counter() - begin
     cpu = time.process_time() - cpu
@@ -220,10 +232,15 @@ def session(api_key: str | None, timeout: float) -> "aiohttp.ClientSession":
 
 
 async def ready(http: "aiohttp.ClientSession", base: str, options: Options) -> str:
-    """Wait until the server can be measured; the model to ask. Raises JaxserveError when time is up."""
+    """Wait until the server can be measured; the model to ask.
+
+    Raises JaxserveError when time is up, and at once where waiting changes nothing: a key that is refused.
+    """
     deadline = time.monotonic() + options.ready_check_timeout_sec
     while True:
         problem, models = await probe(http, f"{base}/v1/models")
+        if problem in REFUSALS and not options.model:
+            raise JaxserveError(f"{base}/v1/models answers {problem}: give another --api-key, or a --model")
         if not problem or (options.model and problem.startswith("HTTP 4")):
             # only jaxserve has this route and says more than yes: it compiles on while it serves
             problem, state = await probe(http, f"{base}/ready")
@@ -260,6 +277,14 @@ async def probe(http: "aiohttp.ClientSession", url: str) -> tuple[str, Any]:
         return "", json.loads(body)
     except ValueError:
         return "", None
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # the port
+        return False
 
 
 def _counter(model: str | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from jaxserve.bench.options import Reporting, add, read
-from jaxserve.bench.workload import Workload, token_ids
+from jaxserve.bench.workload import Workload, read_dataset, token_ids
 from jaxserve.cli.flags import Parser, add_options, read_options
 from jaxserve.config import EngineConfig, about
 from jaxserve.errors import ConfigError
@@ -47,6 +47,8 @@ def parser() -> Parser:
 def run(args: Namespace) -> int:
     options, reporting, config = read(args, Options), read(args, Reporting), read_options(args, EngineConfig)
     reporting.check()
+    if options.dataset_path:
+        read_dataset(options.dataset_path)  # what is wrong with it is told before a model is loaded
     from jaxserve.bench import report, results
     from jaxserve.bench.offline import Bench
 
@@ -54,14 +56,15 @@ def run(args: Namespace) -> int:
     result = results.new_result("throughput", reporting.label or config.model, kept)
     bench = Bench(config)
     engine = bench.engine
-    speak = token_ids(engine.vocab_size)
+    if options.dataset_path and engine.tokenizer is None:
+        bench.close()
+        raise ConfigError(f"{config.model} has no tokenizer for the texts of dataset_path: give --tokenizer")
+    asks = options.asks_of_runs(
+        config.seed, token_ids(engine.vocab_size), lambda text: len(engine.tokenizer.encode(text))
+    )
     for turn, count in itertools.product(range(options.rounds), options.counts):
-        asks = options.asks(
-            f"{config.seed} {turn} {count}", speak, lambda text: len(engine.tokenizer.encode(text))
-        )
-        done = bench.run(
-            list(itertools.islice(asks, count)), options.temperature, {"num_prompts": count}, turn
-        )
+        asked = list(itertools.islice(asks(f"{turn} {count}"), count))
+        done = bench.run(asked, options.temperature, {"num_prompts": count}, turn)
         result.runs.append(done)
         print(report.show_run(done), end="\n\n", flush=True)
     bench.close()

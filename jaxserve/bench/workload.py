@@ -1,6 +1,8 @@
 """What is asked and when: prompts, lengths and arrivals, the same for the same seed."""
 
+import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -13,8 +15,8 @@ from jaxserve.errors import ConfigError
 
 INPUT_LEN, OUTPUT_LEN = 192, 128
 SHAREGPT_INPUT, SHAREGPT_OUTPUT = (161.0, 1.1), (338.0, 0.9)
-"""Mean tokens and the deviation of their logarithm. The means are those of ShareGPT in the paper on vLLM
-(arXiv:2309.06180, section 6.2); the deviations are a guess at its long tails."""
+"""Mean tokens and the deviation of their logarithm: assumed, after what is said of ShareGPT's conversations,
+not measured on them."""
 SHORTEST, LONGEST_INPUT, LONGEST = 4, 1024, 2048
 """Requests of a data set, or drawn like one, have at least 4 tokens each way, and at most 1,024 in and 2,048
 in all, as in vLLM's benchmarks."""
@@ -89,6 +91,21 @@ class Workload(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.num_prefixes > 1 and not self.prefix_len:
             raise ConfigError("num_prefixes needs a prefix_len")
 
+    def asks_of_runs(
+        self, seed: object, speak: Speak, count_tokens: Callable[[str], int]
+    ) -> Callable[[str], Iterator[Ask]]:
+        """The requests of a run, by its name: no prefix cache shall know them from another run.
+
+        They are drawn for it; of a file each run takes the next ones. Raises ConfigError for a file that
+        will not do.
+        """
+        if not self.dataset_path:
+            return lambda run: self.asks(f"{seed} {run}", speak, count_tokens)
+        whole = self.asks(seed, speak, count_tokens)
+        first = next(whole)
+        rest = itertools.chain([first], whole)
+        return lambda run: rest
+
     def asks(self, seed: object, speak: Speak, count_tokens: Callable[[str], int]) -> Iterator[Ask]:
         """Requests without end. `count_tokens` is asked for the lengths of a file's texts."""
         rng = Random(str(seed))
@@ -112,18 +129,20 @@ class Workload(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def _from_file(self, rng: Random, count_tokens: Callable[[str], int]) -> Iterator[Ask]:
         pairs = read_dataset(self.dataset_path or "")
         rng.shuffle(pairs)
-        found = False
-        for number in range(10**12):  # begun again when all were used
-            prompt, answer = pairs[number % len(pairs)]
+        asked = []
+        for prompt, answer in pairs:
             tokens = count_tokens(prompt)
             output = count_tokens(answer) if isinstance(answer, str) else answer
             output = self.output_len or output or OUTPUT_LEN
             if SHORTEST <= tokens <= LONGEST_INPUT and SHORTEST <= output <= LONGEST - tokens:
-                found = True
-                yield Ask(prompt, tokens, output)
-            elif not found and number == len(pairs) - 1:
-                told = f"{SHORTEST} to {LONGEST_INPUT} tokens, and {LONGEST} with its answer"
-                raise ConfigError(f"{self.dataset_path} has no prompt of {told}")
+                asked.append(Ask(prompt, tokens, output))
+                yield asked[-1]
+        if not asked:
+            told = f"{SHORTEST} to {LONGEST_INPUT} tokens, and {LONGEST} with its answer"
+            raise ConfigError(f"{self.dataset_path} has no prompt of {told}")
+        told = f"all {len(asked)} prompts of {self.dataset_path} were asked, and are again: caches know them"
+        print(f"note: {told}", file=sys.stderr)
+        yield from itertools.cycle(asked)
 
 
 def words(rng: Random, tokens: int) -> str:
@@ -156,30 +175,52 @@ def arrivals(rate: float, burstiness: float, seed: object) -> Iterator[float]:
 def read_dataset(path: str) -> list[tuple[str, str | int | None]]:
     """(prompt, its answer or the answer's tokens): the first two turns of each conversation, or JSON lines.
 
-    Raises ConfigError for a file that is neither.
+    Raises ConfigError for a file that is neither, naming the line, or the entry of a list.
     """
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the dataset {path}: {error.strerror}") from None
+    pairs, place = [], path
     try:
         whole = data.lstrip().startswith(b"[")
-        rows = msgspec.json.decode(data) if whole else list(map(msgspec.json.decode, data.splitlines()))
-        pairs = [pair for row in rows if (pair := _pair(row)) is not None]
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is neither ShareGPT's JSON nor JSON lines: {error!r}") from None
+        rows = msgspec.json.decode(data, type=list[msgspec.Raw]) if whole else data.splitlines()
+        for number, row in enumerate(rows, 1):
+            place = f"{path}, {'entry' if whole else 'line'} {number},"
+            if (pair := _pair(_decode_row(row))) is not None:
+                pairs.append(pair)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place} is neither ShareGPT's JSON nor JSON lines: {error}") from None
     if not pairs:
         raise ConfigError(f"{path} has no prompts")
     return pairs
 
 
-def _pair(row: dict[str, Any]) -> tuple[str, str | int | None] | None:
-    turns = row.get("conversations") or row.get("messages")
+class _Turn(msgspec.Struct):
+    value: Any = None
+    content: Any = None
+    """Of what is not text nothing is asked."""
+
+
+class _Row(msgspec.Struct):
+    prompt: str | None = None
+    output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    conversations: list[_Turn] | None = None
+    messages: list[_Turn] | None = None
+
+
+_decode_row = msgspec.json.Decoder(_Row).decode
+
+
+def _pair(row: _Row) -> tuple[str, str | int | None] | None:
+    turns = row.conversations or row.messages
+    if turns is None and row.prompt is None:
+        raise msgspec.ValidationError("it has no prompt, conversations or messages")
     if turns is None:
-        return row["prompt"], row.get("output_tokens")
+        return row.prompt, row.output_tokens
     if len(turns) < 2:
         return None
-    prompt, answer = (turn.get("value", turn.get("content")) for turn in turns[:2])
+    prompt, answer = (turn.content if turn.value is None else turn.value for turn in turns[:2])
     return (prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
 
 

@@ -76,7 +76,9 @@ class FakeServer:
             writer.close()
 
     def _get(self, writer: asyncio.StreamWriter, manner: str, what: list[str]) -> None:
-        if what == ["models"] and manner != "no-models":
+        if manner == "locked":
+            _json(writer, 401, {"error": {"message": "no key"}})
+        elif what == ["models"] and manner != "no-models":
             _json(writer, 200, {"data": [{"id": "first"}, {"id": "second"}]})
         else:
             _json(writer, 404, {"error": {"message": "no such route"}})

@@ -49,6 +49,14 @@ def test_a_dataset_is_tokenised_by_the_engine(model_dir, tmp_path):
     assert [request["prompt_tokens"] for request in run["requests"]] == [9] * 3  # a byte is a token
 
 
+def test_a_dataset_needs_a_tokenizer(make_llama, tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "hello you", "output_tokens": 4}))
+    model = str(make_llama("mute"))
+    assert main(["bench", "throughput", model, *ENGINE, "--dataset", str(file)]) == 1
+    assert "mute has no tokenizer for the texts of dataset_path" in capsys.readouterr().err
+
+
 def test_latency(model_dir, tmp_path, capsys):
     sizes = [
         "--batch-size",
@@ -79,6 +87,8 @@ def test_latency(model_dir, tmp_path, capsys):
         (["throughput", "--num-prompts", "0"], "num_prompts and rounds must be at least 1"),
         (["throughput", "--memory-fraction", "2"], "memory_fraction"),
         (["throughput", "--output", "/proc/none/a.json"], "cannot write to /proc/none"),
+        (["throughput", "--output", "/"], "cannot write to /: it is a directory"),
+        (["throughput", "--dataset", "absent.json"], "cannot read the dataset"),
         (["latency", "--batch-size", "0"], "batch_size must be at least 1"),
         (["latency", "--num-iters-warmup", "-1"], "num_iters_warmup must not be negative"),
     ],

@@ -63,6 +63,37 @@ def test_a_rate(fake, tmp_path):
     assert all(request["start"] < 0.5 for request in run["requests"])
 
 
+def test_arrivals_are_drawn_with_other_numbers_than_prompts(fake, monkeypatch):
+    from jaxserve.bench import serve
+
+    seeds = []
+
+    def draws(function, place):
+        def seen(*args):
+            seeds.append(args[place])
+            return function(*args)
+
+        return seen
+
+    monkeypatch.setattr(serve, "arrivals", draws(serve.arrivals, 2))
+    monkeypatch.setattr(serve.Workload, "asks", draws(serve.Workload.asks, 1))
+    assert bench("--base-url", f"{fake.url}/ok", "--request-rate", 500, 400, "--num-prompts", 2) == 0
+    assert len(set(seeds)) == 4
+
+
+def test_runs_take_one_prompt_of_a_file_after_the_other(fake, tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    texts = [f"prompt number {i:3}" for i in range(10)]
+    file.write_text("\n".join(json.dumps({"prompt": text, "output_tokens": 4}) for text in texts))
+    load = ["--dataset", file, "--concurrency", 1, 2, "--num-prompts", 4, "--num-warmups"]
+    fake.seen.clear()
+    assert bench("--base-url", f"{fake.url}/ok", *load, 1) == 0
+    assert sorted(body["prompt"] for _, body in fake.seen) == texts
+    assert "are again" not in capsys.readouterr().err
+    assert bench("--base-url", f"{fake.url}/ok", *load, 2) == 0
+    assert capsys.readouterr().err.count("all 10 prompts of") == 1
+
+
 def test_fields_and_headers(fake):
     extra = ["--extra-body", '{"top_k": 3, "stream_options": null}', "--ignore-eos", "--api-key", "secret"]
     named = ["--model", "second", "--endpoint", "chat", "--temperature", 0.7]
@@ -103,6 +134,9 @@ def test_counting_events_is_told(fake, capsys):
         (["--input-len", "0"], "input_len must be at least 1"),
         (["--range-ratio", "1"], "range_ratio must be from 0"),
         (["--dataset", "absent.json"], "cannot read the dataset"),
+        (["--base-url", "localhost:8000"], "base_url must be like http://host:8000, not localhost:8000"),
+        (["--base-url", "http://host:port"], "base_url must be like http://host:8000, not http://host:port"),
+        (["--output", "."], "cannot write to .: it is a directory"),
         (["--endpoint", "chat", "--model", "m", "--base-url", "http://127.0.0.1:9"], "is not ready"),
     ],
 )
@@ -117,6 +151,21 @@ def test_a_server_without_models_needs_a_name(fake, capsys):
     assert bench("--base-url", f"{fake.url}/no-models", "--model", "m", "--num-prompts", 1) == 0
     assert bench("--base-url", f"{fake.url}/no-models", "--ready-check-timeout-sec", 0) == 1
     assert "is not ready: HTTP 404" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--base-url", "URL/locked"], "answers HTTP 401: give another --api-key"),
+        (["--base-url", "http://127.0.0.1:9", "--dataset", "absent.json"], "cannot read the dataset"),
+    ],
+)
+def test_what_waiting_does_not_change_is_told_at_once(fake, capsys, monkeypatch, argv, said):
+    from jaxserve.bench import serve
+
+    monkeypatch.setattr(serve, "POLL_SECONDS", 1e9)
+    assert bench(*(text.replace("URL", fake.url) for text in argv)) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_install():

@@ -32,7 +32,7 @@ def test_uniform_lengths_stay_in_their_range_and_fill_it():
     assert {ask.output_tokens for ask in drawn} == set(range(5, 16))
 
 
-def test_sharegpt_like_lengths_have_the_published_means_and_long_tails():
+def test_sharegpt_like_lengths_have_their_means_and_long_tails():
     drawn = asks(4000, dataset_name="sharegpt-like", speak=lambda rng, tokens: "")
     lengths = [ask.tokens for ask in drawn]
     outputs = [ask.output_tokens for ask in drawn]
@@ -109,11 +109,34 @@ def test_too_long_and_too_short_ones_are_left_out(tmp_path):
         asks(1, dataset_path=str(file))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": 5}', r"Expected `str \| null`, got `int`"),
+        ('{"prompt": "a", "output_tokens": "many"}', r"got `str` - at `\$\.output_tokens`"),
+        ('{"prompt": "a", "output_tokens": 9.5}', r"got `float` - at `\$\.output_tokens`"),
+        ('{"prompt": "a", "output_tokens": 0}', r">= 1 - at `\$\.output_tokens`"),
+        ('{"messages": [{"content": "a"}, 3]}', r"at `\$\.messages"),
+        ('{"text": "a"}', "it has no prompt"),
+        ("{", "truncated"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(tmp_path, row, said):
+    file = tmp_path / "wrong.jsonl"
+    file.write_text(f'{{"prompt": "right", "output_tokens": 9}}\n{row}\n')
+    with pytest.raises(ConfigError, match=rf"wrong\.jsonl, line 2, is neither .*{said}"):
+        read_dataset(str(file))
+    if row.endswith("}"):
+        file.write_text(f'[{{"prompt": "right"}}, {row}]')
+        with pytest.raises(ConfigError, match=rf"wrong\.jsonl, entry 2, is neither .*{said}"):
+            read_dataset(str(file))
+
+
 @pytest.mark.parametrize("content", ["[]", "", "{", '[{"text": "no prompt"}]', "[1]", "\xff"])
 def test_what_is_no_dataset(tmp_path, content):
     file = tmp_path / "wrong.json"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=r"wrong\.json (is neither|has no prompts)"):
+    with pytest.raises(ConfigError, match=r"wrong\.json.* (is neither|has no prompts)"):
         read_dataset(str(file))
 
 
