@@ -41,11 +41,11 @@ class RowParams(NamedTuple):
 class Sampled(NamedTuple):
     """Tokens int32 [R]; with logprobs also their own and the likeliest tokens' (natural log, float32)."""
 
-    tokens: jax.Array
-    logprobs: jax.Array | None = None
-    ranks: jax.Array | None = None
-    top_tokens: jax.Array | None = None
-    top_logprobs: jax.Array | None = None
+    tokens: jax.Array | np.ndarray
+    logprobs: jax.Array | np.ndarray | None = None
+    ranks: jax.Array | np.ndarray | None = None
+    top_tokens: jax.Array | np.ndarray | None = None
+    top_logprobs: jax.Array | np.ndarray | None = None
 
     def pack(self) -> jax.Array:
         """int32 [R, 1], or [R, 3 + 2 * top]: all of it as one array to read, floats by their bits."""
@@ -57,9 +57,9 @@ class Sampled(NamedTuple):
         """Views of what `pack` gave, on the host."""
         tokens = packed[:, 0]
         if packed.shape[1] == 1:
-            return cls(tokens)  # type: ignore[arg-type]
+            return cls(tokens)
         floats, top = packed.view(np.float32), (packed.shape[1] - 3) // 2
-        return cls(tokens, floats[:, 1], packed[:, 2], packed[:, 3 : 3 + top], floats[:, 3 + top :])  # type: ignore[arg-type]
+        return cls(tokens, floats[:, 1], packed[:, 2], packed[:, 3 : 3 + top], floats[:, 3 + top :])
 
 
 def sample(logits: jax.Array, params: RowParams, positions: jax.Array, variant: Variant) -> Sampled:

@@ -9,7 +9,9 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from bench.soak import Client, Sample, Sent, drift, growth, main, summed, traffic, watch  # noqa: E402
+from bench.soak.__main__ import main, watch  # noqa: E402
+from bench.soak.drift import Sample, drift, growth, summed  # noqa: E402
+from bench.soak.traffic import Client, Sent, traffic  # noqa: E402
 
 
 def send(fake, manner, kind="stream", leaves=None):
@@ -156,9 +158,9 @@ def test_too_few_windows_do_not_hold(tmp_path, monkeypatch, capsys):
         few = samples()[:40]
         return {"samples": [each._asdict() for each in few], "drift": drift(few)}, []
 
-    monkeypatch.setattr("bench.soak.Server", Idle)
-    monkeypatch.setattr("bench.soak.soak", short)
-    monkeypatch.setattr("bench.soak.draw", lambda *args: None)
+    monkeypatch.setattr("bench.soak.__main__.Server", Idle)
+    monkeypatch.setattr("bench.soak.__main__.soak", short)
+    monkeypatch.setattr("bench.soak.__main__.draw", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["soak", "--out", str(tmp_path)])
     assert main()
     out = capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("aiohttp")
 
 from bench.robustness.server import Target
-from bench.soak import soak
+from bench.soak.__main__ import soak
 
 
 def test_mixed_traffic_leaves_nothing_wrong_or_behind(real_server):
