@@ -20,6 +20,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.layers.attention import HeadLayout
 from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
+from jaxserve.pallas_kernels.matmul import Implementation
 from jaxserve.pallas_kernels.paged_attention import PoolShape
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     dtype: jnp.dtype
     weights: int
     """Bytes on one device."""
+    matmul: Implementation
 
 
 class Budget(NamedTuple):
@@ -101,7 +103,7 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
 
     Raises ConfigError with the arithmetic, and what to change, when it does not fit.
     """
-    case = Case(config, model.config, model.shards, model.dtype, model.bytes)
+    case = Case(config, model.config, model.shards, model.dtype, model.bytes, model.kernels.matmul)
     budget = _budget(case, memory)
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
@@ -146,17 +148,20 @@ def _count(budget: Budget, config: EngineConfig, most: int) -> int:
 def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     """Bytes that the largest step takes on a device beside weights, pool and slots.
 
-    A forward pass holds each token's hidden state and either the gated MLP's three widths in float32, or
-    what attention needs; in 8 bits, a product's sums beside what comes of them. Sampling holds the logits
-    five times, and the next step's. A bound that tests/engine/test_memory.py holds against what the
-    compiler says of the programs.
+    A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
+    bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
+    Sampling holds the logits five times, and the next step's. A bound that tests/engine/test_memory.py holds
+    against what the compiler says of the programs.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
     logits = 4 * rows * padded(shapes.vocab, 128)
     gathered = logits + logits // shards if shards > 1 else 0
-    widths = 4 if case.config.quantization else 3
-    mlp = 4 * tokens * widths * padded(dims.intermediate_size, shards) // shards
+    width = padded(dims.intermediate_size, shards) // shards
+    if case.matmul == "cpu":
+        mlp = 4 * tokens * (width + 2 * dims.hidden_size)
+    else:
+        mlp = 4 * tokens * width * (4 if case.config.quantization else 3)
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
     forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered

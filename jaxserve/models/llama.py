@@ -12,10 +12,11 @@ from flax import nnx
 
 from jaxserve.errors import ModelError
 from jaxserve.loading.weights import Source
+from jaxserve.models.layers.activation import ACTIVATIONS
 from jaxserve.models.layers.attention import Attend, Attention, HeadLayout
 from jaxserve.models.layers.embedding import Embedding
 from jaxserve.models.layers.linear import Linear
-from jaxserve.models.layers.mlp import ACTIVATIONS, GatedMLP
+from jaxserve.models.layers.mlp import GatedMLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.param import padded
 from jaxserve.models.layers.repeat import apply

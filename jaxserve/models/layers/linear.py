@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxserve.models.layers.activation import ACTIVATIONS, GATES
 from jaxserve.models.layers.param import weight
-from jaxserve.pallas_kernels.matmul import Implementation, keep, kept, matmul, matmul_int8, quantise
+from jaxserve.pallas_kernels.matmul import (
+    Implementation,
+    gated,
+    keep,
+    kept,
+    matmul,
+    matmul_int8,
+    quantise,
+)
 
 Quantization = Literal["int8"]
 
@@ -39,6 +48,10 @@ class Product(nnx.Module):
     def matrix(self) -> tuple[int, int]:
         """Outputs and depth of the product of matrices that it is."""
         return math.prod(self.out_shape), math.prod(self.in_shape)
+
+    @property
+    def _used(self) -> jax.Array | None:
+        return None if self.used is None else self.used[...]
 
     def multiply_with(self, implementation: Implementation, quantization: Quantization | None = None) -> None:
         """From now on; the weight is kept as that wants it. One of the vocabulary is never quantised."""
@@ -72,10 +85,9 @@ class Product(nnx.Module):
         the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
         """
         outs, depth = self.matrix
-        x, w = x.reshape(-1, depth), self.weight[...]
+        x, w, used = x.reshape(-1, depth), self.weight[...], self._used
         if self.implementation == "xla":
             w = w.reshape(outs, depth)
-        used = None if self.used is None else self.used[...]
         if self.scale is None:
             y = matmul(x, w, outs, used, self.implementation)
         else:
@@ -101,3 +113,20 @@ class Linear(Product):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.contract(x)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+class GatedLinear(Linear):
+    """`gated` gives float32 [N, shards, width] of x [N, *in], with out_shape (shards, 2, width): the
+    activation of the first output of each pair, times the second."""
+
+    def gated(self, x: jax.Array, activation: str) -> jax.Array:
+        """`activation` is one of ACTIVATIONS."""
+        shards, _, width = self.out_shape
+        if self.bias is None and shards == 1 and activation in GATES:
+            outs, depth = self.matrix
+            scales = None if self.scale is None else self.scale[...].reshape(outs)
+            how = GATES[activation], self._used, self.implementation
+            if (y := gated(x.reshape(-1, depth), self.weight[...], outs, scales, *how)) is not None:
+                return y.reshape(-1, shards, width)
+        both = self(x)
+        return ACTIVATIONS[activation](both[:, :, 0]) * both[:, :, 1]

@@ -1,27 +1,11 @@
 """Feed-forward blocks."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.models.layers.linear import Linear
-
-
-def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x). XLA makes sigmoid from tanh, which has no relative precision far below zero."""
-    return x / (1.0 + jnp.exp(-x))
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
+from jaxserve.models.layers.linear import GatedLinear, Linear
 
 
 class GatedMLP(nnx.Module):
@@ -36,12 +20,11 @@ class GatedMLP(nnx.Module):
         self.activation = activation
         each = width // shards
         axes = ("mlp", None, None, "embed")
-        self.gate_up = Linear((features,), (shards, 2, each), axes, bias=bias, dtype=dtype)
+        self.gate_up = GatedLinear((features,), (shards, 2, each), axes, bias=bias, dtype=dtype)
         self.down = Linear((shards, each), (features,), ("embed", "mlp", None), bias=bias, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        both = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.activation](both[:, :, 0]) * both[:, :, 1])
+        return self.down(self.gate_up.gated(x, self.activation))
 
     @staticmethod
     def fuse(shards: int, gate: np.ndarray, up: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxserve.pallas_kernels.matmul import tiles
 from jaxserve.pallas_kernels.matmul.int8 import quantise
 
-__all__ = ["Implementation", "keep", "kept", "matmul", "matmul_int8", "quantise", "take"]
+__all__ = ["Implementation", "gated", "keep", "kept", "matmul", "matmul_int8", "quantise", "take"]
 
 Implementation = Literal["xla", "cpu"]
 
@@ -73,6 +73,27 @@ def matmul_int8(
     from jaxserve.pallas_kernels.matmul import xla
 
     return xla.matmul_int8(x, w, scales)
+
+
+def gated(
+    x: jax.Array,
+    w: jax.Array,
+    outs: int,
+    scales: jax.Array | None,
+    gate: str,
+    used: jax.Array | None = None,
+    implementation: Implementation = "xla",
+) -> jax.Array | None:
+    """float32 `[N, outs / 2]`: what the first half of a weight's outputs gives, through `gate`, times what
+    the other half gives; `scales` are those of a weight in 8 bits. None where an implementation has no form
+    of its own for it."""
+    if implementation != "cpu":
+        return None
+    from jaxserve.pallas_kernels.matmul import cpu
+
+    if gate not in cpu.GATES or outs % (2 * tiles.OUTS):
+        return None
+    return cpu.gated(x, w, scales, gate, jnp.int32(len(x)) if used is None else used)
 
 
 def take(w: jax.Array, rows: jax.Array, depth: int, implementation: Implementation = "xla") -> jax.Array:

@@ -112,42 +112,65 @@ const typename Unit::Number* prepare(ffi::ThreadPool& pool, const float* x, int6
 
 constexpr int64_t kPerCell = sizeof(Cell) / sizeof(NUMBER);
 
-// w [tiles, cells, kOuts, kPerCell], y [rows, tiles * kOuts]
-ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::BufferR0<ffi::S32> used,
-                          ffi::ResultBuffer<ffi::F32> y) {
+using Floats32 = ffi::Buffer<ffi::F32>;
+using Count = ffi::BufferR0<ffi::S32>;
+
+// Calls body(whole) with the product of x and w [tiles, cells, kOuts, kPerCell], whose y is [rows, tiles * kOuts]; the
+// rows of `y` that are padding become zeros.
+template <class Body>
+ffi::Error with_product(ffi::ThreadPool& pool, Floats32 x, ffi::AnyBuffer w, Count used, ffi::Result<Floats32>& y,
+                        int64_t columns, const Body& body) {
   const int64_t rows = std::clamp<int64_t>(used.typed_data()[0], 0, x.dimensions()[0]);
   const int64_t depth = x.dimensions()[1], tiles = w.dimensions()[0], cells = w.dimensions()[1];
   if (ffi::ByteWidth(w.element_type()) != sizeof(NUMBER) || w.dimensions()[2] != kOuts || w.dimensions()[3] != kPerCell)
     return ffi::Error::InvalidArgument("matmul: the weights are not in tiles");
-  if (depth > cells * kPerCell || y->dimensions()[1] != tiles * kOuts)
+  if (depth > cells * kPerCell || y->dimensions()[1] != columns)
     return ffi::Error::InvalidArgument("matmul: wrong shapes");
-  std::fill(y->typed_data() + rows * tiles * kOuts, y->typed_data() + y->element_count(), 0.0f);
+  std::fill(y->typed_data() + rows * columns, y->typed_data() + y->element_count(), 0.0f);
   const auto run = [&](auto unit) {
     using Unit = decltype(unit);
     const int64_t stride = cells * kPerCell;
-    const TiledProduct<Unit> whole{prepare<Unit>(pool, x.typed_data(), rows, depth, stride), stride,
-                                   static_cast<const Cell*>(w.untyped_data()), cells * kOuts,
-                                   y->typed_data(), tiles * kOuts, rows, tiles, cells, false};
-    multiply(pool, whole, [](auto...) {});
+    body(TiledProduct<Unit>{prepare<Unit>(pool, x.typed_data(), rows, depth, stride), stride,
+                            static_cast<const Cell*>(w.untyped_data()), cells * kOuts, y->typed_data(), tiles * kOuts,
+                            rows, tiles, cells, false});
+    return ffi::Error::Success();
   };
 #ifdef HAVE_TILES
-  if (std::is_same_v<NUMBER, BFloat16> && tiles_allowed()) {
-    run(Matrices<TilesOfPairs>());
-    return ffi::Error::Success();
-  }
+  if (std::is_same_v<NUMBER, BFloat16> && tiles_allowed()) return run(Matrices<TilesOfPairs>());
 #endif
-  run(Vectors<Best>());
-  return ffi::Error::Success();
+  return run(Vectors<Best>());
+}
+
+ffi::Error matmul_handler(ffi::ThreadPool pool, Floats32 x, ffi::AnyBuffer w, Count used, ffi::Result<Floats32> y) {
+  return with_product(pool, x, w, used, y, w.dimensions()[0] * kOuts,
+                      [&](const auto& whole) { multiply(pool, whole, [](auto...) {}); });
+}
+
+ffi::Error gated_handler(ffi::ThreadPool pool, Floats32 x, ffi::AnyBuffer w, Count used, ffi::Result<Floats32> y,
+                         int32_t gate) {
+  return with_product(pool, x, w, used, y, w.dimensions()[0] / 2 * kOuts, [&](const auto& whole) {
+    with_activation(Gate(gate), [&](const auto& activate) {
+      multiply_gated(pool, whole, y->typed_data(), [](auto...) {}, activate);
+    });
+  });
 }
 
 }  // namespace
 }  // namespace jaxserve
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gated, jaxserve::gated_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<jaxserve::Floats32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<jaxserve::Count>()
+                                  .Ret<jaxserve::Floats32>()
+                                  .Attr<int32_t>("gate"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     matmul, jaxserve::matmul_handler,
     ffi::Ffi::Bind()
         .Ctx<ffi::ThreadPool>()
-        .Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<jaxserve::Floats32>()
         .Arg<ffi::AnyBuffer>()
-        .Arg<ffi::BufferR0<ffi::S32>>()
-        .Ret<ffi::Buffer<ffi::F32>>());
+        .Arg<jaxserve::Count>()
+        .Ret<jaxserve::Floats32>());

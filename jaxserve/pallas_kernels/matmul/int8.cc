@@ -145,18 +145,23 @@ inline void scale(uint32_t* y, int64_t outs, Row row, const float* scales) {
   }
 }
 
-// w [tiles, cells, kOuts, kPerCell], scales [outs], y [rows, tiles * kOuts], of which `outs` columns are set
-ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w,
-                          ffi::Buffer<ffi::F32> scales, ffi::BufferR0<ffi::S32> used,
-                          ffi::ResultBuffer<ffi::F32> y) {
+using Floats32 = ffi::Buffer<ffi::F32>;
+using Count = ffi::BufferR0<ffi::S32>;
+
+// Calls body(whole, finish) with the product of x and w [tiles, cells, kOuts, kPerCell], whose y is
+// [rows, tiles * kOuts]; finish makes floats of a part's sums, by scales [outs]. The rows of `y` that are padding
+// become zeros.
+template <class Body>
+ffi::Error with_product(ffi::ThreadPool& pool, Floats32 x, ffi::Buffer<ffi::U8> w, Floats32 scales, Count used,
+                        ffi::Result<Floats32>& y, int64_t columns, const Body& body) {
   const int64_t rows = std::clamp<int64_t>(used.typed_data()[0], 0, x.dimensions()[0]);
   const int64_t depth = x.dimensions()[1], tiles = w.dimensions()[0], cells = w.dimensions()[1];
   const int64_t outs = scales.dimensions()[0];
   if (w.dimensions()[2] != kOuts || w.dimensions()[3] != kPerCell)
     return ffi::Error::InvalidArgument("matmul: the weights are not in tiles");
-  if (depth > cells * kPerCell || outs > tiles * kOuts || y->dimensions()[1] != tiles * kOuts)
+  if (depth > cells * kPerCell || outs > tiles * kOuts || y->dimensions()[1] != columns)
     return ffi::Error::InvalidArgument("matmul: wrong shapes");
-  std::fill(y->typed_data() + rows * tiles * kOuts, y->typed_data() + y->element_count(), 0.0f);
+  std::fill(y->typed_data() + rows * columns, y->typed_data() + y->element_count(), 0.0f);
   const auto run = [&](auto unit) {
     using Unit = decltype(unit);
     using Number = typename Unit::Number;
@@ -171,30 +176,53 @@ ffi::Error matmul_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
     });
     const TiledProduct<Unit> whole{to, stride, static_cast<const Cell*>(w.untyped_data()), cells * kOuts,
                                    static_cast<uint32_t*>(y->untyped_data()), tiles * kOuts, rows, tiles, cells, false};
-    multiply(pool, whole, [&](int64_t row, int64_t tile, const TiledProduct<Unit>& part) {
+    body(whole, [&](int64_t row, int64_t tile, const TiledProduct<Unit>& part) {
       const int64_t first = tile * kOuts, count = std::min(part.tiles * kOuts, outs - first);
       for (int64_t i = 0; i < part.rows; ++i)
         scale(part.y + i * part.y_stride, count, found[row + i], scales.typed_data() + first);
     });
+    return ffi::Error::Success();
   };
 #ifdef HAVE_TILES_OF_BYTES
-  if (tiles_allowed()) {
-    run(Matrices<TilesOfBytes>());
-    return ffi::Error::Success();
-  }
+  if (tiles_allowed()) return run(Matrices<TilesOfBytes>());
 #endif
-  run(Vectors<Best>());
-  return ffi::Error::Success();
+  return run(Vectors<Best>());
+}
+
+ffi::Error matmul_handler(ffi::ThreadPool pool, Floats32 x, ffi::Buffer<ffi::U8> w, Floats32 scales, Count used,
+                          ffi::Result<Floats32> y) {
+  return with_product(pool, x, w, scales, used, y, w.dimensions()[0] * kOuts,
+                      [&](const auto& whole, const auto& finish) { multiply(pool, whole, finish); });
+}
+
+ffi::Error gated_handler(ffi::ThreadPool pool, Floats32 x, ffi::Buffer<ffi::U8> w, Floats32 scales, Count used,
+                         ffi::Result<Floats32> y, int32_t gate) {
+  const auto run = [&](const auto& whole, const auto& finish) {
+    with_activation(Gate(gate), [&](const auto& activate) {
+      multiply_gated(pool, whole, y->typed_data(), finish, activate);
+    });
+  };
+  return with_product(pool, x, w, scales, used, y, w.dimensions()[0] / 2 * kOuts, run);
 }
 
 }  // namespace
 }  // namespace jaxserve
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_int8, jaxserve::gated_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<jaxserve::Floats32>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<jaxserve::Floats32>()
+                                  .Arg<jaxserve::Count>()
+                                  .Ret<jaxserve::Floats32>()
+                                  .Attr<int32_t>("gate"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(matmul_int8, jaxserve::matmul_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<jaxserve::Floats32>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<jaxserve::Floats32>()
+                                  .Arg<jaxserve::Count>()
+                                  .Ret<jaxserve::Floats32>());

@@ -20,7 +20,9 @@
 #include <algorithm>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
+#include "functions.h"
 #include "parallel.h"
 #include "tiles.h"
 #include "vector.h"
@@ -180,22 +182,79 @@ inline int64_t tiles_per_task(int64_t tiles, int64_t threads) {
   return longest(3) < longest(4) ? 3 : 4;
 }
 
-// Calls finish(row, tile, part) with each part of y that is complete.
-template <class Unit, class Finish>
-void multiply(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, const Finish& finish) {
-  const int64_t rows = whole.rows, tiles = whole.tiles, each = tiles_per_task(tiles, pool.num_threads());
+// One part over all of its depth, a block after the other.
+template <class Unit>
+void multiply_part(TiledProduct<Unit> part) {
+  const int64_t cells = part.cells;
+  for (int64_t done = 0; done < cells; done += part.cells) {
+    part.cells = std::min(Unit::kBlock, cells - done);
+    part.add = done > 0;
+    Unit::multiply(part);
+    part.x += part.cells * Unit::kPerCell, part.w += part.cells * kOuts;
+  }
+}
+
+// body(row, tile, rows, tiles) for parts of so many rows and tiles.
+template <class Body>
+void for_parts(xla::ffi::ThreadPool& pool, int64_t rows, int64_t tiles, const Body& body) {
+  const int64_t each = tiles_per_task(tiles, pool.num_threads());
   const int64_t panels = (tiles + each - 1) / each, chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   parallel_for(pool, panels * chunks, [&](int64_t task) {
     const int64_t row = task / panels * kRowsPerTask, tile = task % panels * each;
-    auto part = whole.of(row, tile, std::min(kRowsPerTask, rows - row), std::min(each, tiles - tile));
-    for (int64_t done = 0; done < whole.cells; done += part.cells) {
-      part.cells = std::min(Unit::kBlock, whole.cells - done);
-      part.add = done > 0;
-      Unit::multiply(part);
-      part.x += part.cells * Unit::kPerCell, part.w += part.cells * kOuts;
-    }
+    body(row, tile, std::min(kRowsPerTask, rows - row), std::min(each, tiles - tile));
+  });
+}
+
+// Calls finish(row, tile, part) with each part of y that is complete.
+template <class Unit, class Finish>
+void multiply(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, const Finish& finish) {
+  for_parts(pool, whole.rows, whole.tiles, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
+    const auto part = whole.of(row, tile, rows, tiles);
+    multiply_part(part);
     finish(row, tile, part);
   });
+}
+
+// y [rows, tiles / 2 * kOuts] = activate(gate) * up, where the first half of the tiles gives the gate and the other
+// half what passes it. Both are worked out a part at a time and never written down; finish is called with them.
+template <class Unit, class Finish, class Activate>
+void multiply_gated(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, float* y, const Finish& finish,
+                    const Activate& activate) {
+  const int64_t half = whole.tiles / 2, y_stride = half * kOuts;
+  for_parts(pool, whole.rows, half, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
+    static thread_local std::vector<typename Unit::Sum> sums;
+    const int64_t outs = tiles * kOuts;
+    sums.resize(2 * rows * outs);
+    for (int i = 0; i < 2; ++i) {
+      auto part = whole.of(row, i * half + tile, rows, tiles);
+      part.y = sums.data() + i * rows * outs, part.y_stride = outs;
+      multiply_part(part);
+      finish(row, i * half + tile, part);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < outs; j += kLanes) {
+        const Floats gate = read<Floats>(&sums[i * outs + j]), up = read<Floats>(&sums[(rows + i) * outs + j]);
+        store(y + (row + i) * y_stride + tile * kOuts + j, activate(gate) * up);
+      }
+  });
+}
+
+// What a gate may be, by the number that Python calls it (cpu.py).
+enum class Gate : int32_t { kSilu, kGeluTanh, kRelu };
+
+// body(activate) with the function of a gate.
+template <class Body>
+void with_activation(Gate gate, const Body& body) {
+  switch (gate) {
+    case Gate::kSilu:
+      return body([](Floats x) {
+        const Floats power = -kLog2E * x;
+        return x / (1.0f + exp2(power > 126.0f ? broadcast(126.0f) : power));
+      });
+    case Gate::kGeluTanh:
+      return body([](Floats x) { return 0.5f * x * (1.0f + tanh(0.79788456f * fused(0.044715f * x * x, x, x))); });
+    case Gate::kRelu: return body([](Floats x) { return larger(x, Floats{}); });
+  }
 }
 
 }  // namespace jaxserve
