@@ -93,8 +93,8 @@ class EngineCore:
         self._kv, self._slots = self._programs.empty_state()
         self._closed = threading.Event()
         if platform is CPU and mesh.size == 1:
-            pools = [(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in self._kv]
-            threading.Thread(target=self._take_memory, args=(pools,), name="memory", daemon=True).start()
+            held = [_place(weight) for weight in self.model.weights], [_place(pool) for pool in self._kv]
+            threading.Thread(target=self._arrange_memory, args=held, name="memory", daemon=True).start()
         self.steps = 0
         self._left_out: list[str] = []
         if config.deterministic:
@@ -117,9 +117,10 @@ class EngineCore:
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
 
-    def _take_memory(self, pools: list[tuple[int, int]]) -> None:
-        """All that the pool may ever hold, once there is time for it: load is to find no memory missing."""
+    def _arrange_memory(self, weights: list[pages.Place], pools: list[pages.Place]) -> None:
+        """Large pages, and all that the pool may ever hold, once there is time for it."""
         if self._programs.wait_until_warm():
+            pages.enlarge(weights, self._closed)
             pages.take(pools, self._closed)
 
     @property
@@ -358,6 +359,10 @@ def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
         [float(host.logprobs[row]), *host.top_logprobs[row, :count].tolist()],
         int(host.ranks[row]),
     )
+
+
+def _place(array: jax.Array) -> pages.Place:
+    return array.unsafe_buffer_pointer(), array.nbytes
 
 
 def _hello(budget: Budget) -> Hello:

@@ -22,7 +22,7 @@ struct Singles {
   using Sum = float;
   using Sums = Floats;
   using Cells = Floats;
-  static constexpr int kPerCell = 1, kRows = 6, kRegistersPerCells = 1;
+  static constexpr int kPerCell = 1, kRegistersPerCells = 1;
   static constexpr int64_t kBlock = 128;  // short sums of float32 lose fewer digits
   static Cells load(const Cell* p) { return read<Floats>(p); }
   static Sums add(const Number* x, Cells w, Sums sum) { return fused(broadcast(*x), w, sum); }
@@ -37,7 +37,7 @@ struct Widened {
   struct Cells {
     Floats even, odd;
   };
-  static constexpr int kPerCell = 2, kRows = 5, kRegistersPerCells = 2;
+  static constexpr int kPerCell = 2, kRegistersPerCells = 2;
   static constexpr int64_t kBlock = jaxserve::kBlock;
   static Cells load(const Cell* p) {
     const Words cells = read<Words>(p);
@@ -62,7 +62,7 @@ struct Pairs {
   using Sum = float;
   using Sums = Floats;
   using Cells = __m512bh;
-  static constexpr int kPerCell = 2, kRows = 6, kRegistersPerCells = 1;
+  static constexpr int kPerCell = 2, kRegistersPerCells = 1;
   static constexpr int64_t kBlock = jaxserve::kBlock;
   static Cells load(const Cell* p) {
     Cells cells = read<__m512bh>(p);

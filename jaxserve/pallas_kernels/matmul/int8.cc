@@ -30,7 +30,7 @@ struct Fours {
   using Sum = uint32_t;
   using Sums = Words;
   using Cells = Words;
-  static constexpr int kPerCell = 4, kRows = 6, kRegistersPerCells = 1;
+  static constexpr int kPerCell = 4, kRegistersPerCells = 1;
   static constexpr int64_t kBlock = jaxserve::kBlock;
   static Cells load(const Cell* p) {
     Cells cells = read<Words>(p);
@@ -67,7 +67,7 @@ struct Widened {
   struct Cells {
     Words even, odd;
   };
-  static constexpr int kPerCell = 4, kRows = 4, kRegistersPerCells = 2;
+  static constexpr int kPerCell = 4, kRegistersPerCells = 2;
   static constexpr int64_t kBlock = jaxserve::kBlock;
   static Cells load(const Cell* p) {
     const Words cells = read<Words>(p);

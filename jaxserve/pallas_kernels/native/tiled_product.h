@@ -13,7 +13,6 @@
 //     Sum, Sums       of y: one, and a register of them
 //     Cells           kRegistersPerCells registers: what load(Cell*) makes of one of w
 //     add(x, w, sums) the sums, and in each lane the product of a cell of x and one of w
-//     kRows           rows of x for whose sums there are registers
 //     kBlock          cells of the depth that are summed up at a time
 #pragma once
 
@@ -79,10 +78,24 @@ void multiply_tiles(const TiledProduct<Unit>& p) {
     }
 }
 
+// Registers hold the sums of some rows by some tiles, the cells of these tiles, and one of x. So many tiles there may
+// be beside `rows` rows, of which six are a task ...
+template <class Unit>
+constexpr int tiles_at_once(int rows) {
+  const int most = (kRegisters - 1) * kLanes / kOuts / (rows + Unit::kRegistersPerCells);
+  return most >= 6 ? 6 : most >= 3 ? 3 : 1;
+}
+// ... and so many rows beside three tiles, or the one that fewer registers have room for.
+template <class Unit>
+constexpr int rows_at_once() {
+  constexpr int kTiles = kRegisters < 32 ? 1 : 3;
+  return std::min(8, (kRegisters - 1) * kLanes / kOuts / kTiles - Unit::kRegistersPerCells);
+}
+
 // Up to Rows rows, as many tiles at a time as there are registers for.
-template <class Unit, int Rows = Unit::kRows>
+template <class Unit, int Rows = rows_at_once<Unit>()>
 void multiply_rows(const TiledProduct<Unit>& p) {
-  constexpr int kMost = kRegisters * kLanes / kOuts / (Unit::kRows + Unit::kRegistersPerCells + 1);
+  constexpr int kMost = tiles_at_once<Unit>(Rows);
   if constexpr (Rows > 1)
     if (p.rows < Rows) return multiply_rows<Unit, Rows - 1>(p);
   int64_t tile = 0;
@@ -92,9 +105,9 @@ void multiply_rows(const TiledProduct<Unit>& p) {
 
 template <class Unit>
 struct Vectors : Unit {
-  static constexpr int64_t kRowsRead = 1;
+  static constexpr int64_t kRowsRead = 1, kTilesPerTask = 6;
   static void multiply(const TiledProduct<Vectors>& p) {
-    constexpr int64_t kAtOnce = Unit::kRows;
+    constexpr int64_t kAtOnce = rows_at_once<Unit>();
     for (int64_t row = 0; row < p.rows; row += kAtOnce)
       multiply_rows(p.of(row, 0, std::min(kAtOnce, p.rows - row), p.tiles));
   }
@@ -117,6 +130,7 @@ void each(const Body& body) {
 template <class Unit>
 struct Matrices : Unit {
   static constexpr int64_t kRowsRead = kTileSide;  // x has rows up to a multiple of this
+  static constexpr int64_t kTilesPerTask = 4;
 
   static void multiply(const TiledProduct<Matrices>& p) {
     const TileUse use;
@@ -175,11 +189,13 @@ void for_rows(xla::ffi::ThreadPool& pool, int64_t rows, const Prepare& prepare) 
   });
 }
 
-// How many tiles a task takes: what is read well at once, or one less if that divides the work more evenly.
-inline int64_t tiles_per_task(int64_t tiles, int64_t threads) {
+// How many tiles a task takes: as many as a unit likes best, or half of them if that divides the work more evenly.
+template <class Unit>
+int64_t tiles_per_task(int64_t tiles, int64_t threads) {
+  constexpr int64_t kMost = Unit::kTilesPerTask;
   threads = std::max<int64_t>(1, threads);
   const auto longest = [&](int64_t each) { return ((tiles + each - 1) / each + threads - 1) / threads * each; };
-  return longest(3) < longest(4) ? 3 : 4;
+  return longest(kMost / 2) < longest(kMost) ? kMost / 2 : kMost;
 }
 
 // One part over all of its depth, a block after the other.
@@ -195,9 +211,9 @@ void multiply_part(TiledProduct<Unit> part) {
 }
 
 // body(row, tile, rows, tiles) for parts of so many rows and tiles.
-template <class Body>
+template <class Unit, class Body>
 void for_parts(xla::ffi::ThreadPool& pool, int64_t rows, int64_t tiles, const Body& body) {
-  const int64_t each = tiles_per_task(tiles, pool.num_threads());
+  const int64_t each = tiles_per_task<Unit>(tiles, pool.num_threads());
   const int64_t panels = (tiles + each - 1) / each, chunks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   parallel_for(pool, panels * chunks, [&](int64_t task) {
     const int64_t row = task / panels * kRowsPerTask, tile = task % panels * each;
@@ -208,7 +224,7 @@ void for_parts(xla::ffi::ThreadPool& pool, int64_t rows, int64_t tiles, const Bo
 // Calls finish(row, tile, part) with each part of y that is complete.
 template <class Unit, class Finish>
 void multiply(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, const Finish& finish) {
-  for_parts(pool, whole.rows, whole.tiles, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
+  for_parts<Unit>(pool, whole.rows, whole.tiles, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
     const auto part = whole.of(row, tile, rows, tiles);
     multiply_part(part);
     finish(row, tile, part);
@@ -221,7 +237,7 @@ template <class Unit, class Finish, class Activate>
 void multiply_gated(xla::ffi::ThreadPool& pool, const TiledProduct<Unit>& whole, float* y, const Finish& finish,
                     const Activate& activate) {
   const int64_t half = whole.tiles / 2, y_stride = half * kOuts;
-  for_parts(pool, whole.rows, half, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
+  for_parts<Unit>(pool, whole.rows, half, [&](int64_t row, int64_t tile, int64_t rows, int64_t tiles) {
     static thread_local std::vector<typename Unit::Sum> sums;
     const int64_t outs = tiles * kOuts;
     sums.resize(2 * rows * outs);

@@ -1,14 +1,12 @@
 """A new pool holds zeros, whatever its memory held before, and takes memory only when it is written to."""
 
 import os
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine import pages
 from jaxserve.pallas_kernels.paged_attention import PoolShape, empty_pool
 
 pytestmark = pytest.mark.compiler
@@ -45,23 +43,3 @@ def test_memory_is_taken_when_it_is_written_to():
     assert resident() - before < 2**26 < pool.nbytes
     pool = jax.jit(lambda x: x.at[7].set(1.0), donate_argnums=0)(pool)
     assert float(pool[7].min()) == 1.0 and not np.asarray(pool[8:]).any()
-
-
-def test_memory_can_be_taken_before_while_the_pool_is_in_use():
-    pool = jax.block_until_ready(make(PoolShape(1024, 1, 64, 128, jnp.dtype(jnp.float32))))  # 64 MiB
-    pool = jax.block_until_ready(jax.jit(lambda x: x.at[7].set(1.0), donate_argnums=0)(pool))
-    before = resident()
-    pages.take([(pool.unsafe_buffer_pointer(), pool.nbytes)], threading.Event())
-    assert resident() - before > 0.9 * pool.nbytes
-    found = np.asarray(pool)
-    assert found[7].all() and not found[:7].any() and not found[8:].any()
-    pages.take([(0, 2**30)], threading.Event())  # what is not there is no harm
-
-
-def test_no_memory_is_taken_once_it_is_to_stop():
-    pool = jax.block_until_ready(make(PoolShape(1024, 1, 64, 128, jnp.dtype(jnp.float32))))  # 64 MiB
-    stop = threading.Event()
-    stop.set()
-    before = resident()
-    pages.take([(pool.unsafe_buffer_pointer(), pool.nbytes)], stop)
-    assert resident() - before < pool.nbytes / 4
