@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 """In a row: then it is not the requests that are wrong, and the engine gives up."""
 
+BUSY = 0.05
+"""Seconds until what waits for an engine without requests looks again."""
+
 
 class Flight(NamedTuple):
     """A step whose tokens the host has not read."""
@@ -91,10 +94,6 @@ class EngineCore:
                 self.model.load(checkpoint)
         del checkpoint  # and with it the files that are mapped
         self._kv, self._slots = self._programs.empty_state()
-        self._closed = threading.Event()
-        if platform is CPU and mesh.size == 1:
-            held = [_place(weight) for weight in self.model.weights], [_place(pool) for pool in self._kv]
-            threading.Thread(target=self._arrange_memory, args=held, name="memory", daemon=True).start()
         self.steps = 0
         self._left_out: list[str] = []
         if config.deterministic:
@@ -116,12 +115,22 @@ class EngineCore:
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
+        self._closed = threading.Event()
+        if platform is CPU and mesh.size == 1:
+            held = [_place(weight) for weight in self.model.weights], [_place(pool) for pool in self._kv]
+            threading.Thread(target=self._arrange_memory, args=held, name="memory", daemon=True).start()
 
     def _arrange_memory(self, weights: list[pages.Place], pools: list[pages.Place]) -> None:
-        """Large pages, and all that the pool may ever hold, once there is time for it."""
-        if self._programs.wait_until_warm():
-            pages.enlarge(weights, self._closed)
-            pages.take(pools, self._closed)
+        """Large pages for the weights; and all that the pool may ever hold, while no request is there."""
+        self._programs.wait_until_warm()
+        for _ in pages.enlarge(weights):
+            if self._closed.is_set():
+                return
+        for _ in pages.take(pools):
+            while self.unfinished and not self._closed.wait(BUSY):
+                pass
+            if self._closed.is_set():
+                return
 
     @property
     def state(self) -> Literal["ready", "warm"]:

@@ -1,13 +1,13 @@
 """Pages of memory: given by the system before requests need them, and large where large ones are to be had.
 
-Only Linux 6.1 and later does all of it; what a system cannot do is left undone, as it is only a matter of speed.
+Each function goes on by a piece when it is asked for the next: who has threads waiting for memory asks later.
+Only Linux 6.1 and later does all of it; what a system cannot do is left undone.
 """
 
 import ctypes
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,19 +20,21 @@ Place = tuple[int, int]
 """(address, bytes) of memory, which may be in use."""
 
 
-def take(places: Iterable[Place], stop: threading.Event) -> None:
-    """Have the system give all pages of what is still empty, large ones if it can, until `stop` is set."""
+def take(places: Iterable[Place]) -> Iterator[None]:
+    """Have the system give all pages of what is still empty, large ones if it can."""
     page = os.sysconf("SC_PAGE_SIZE")
-    for address, size in places:
-        first, end = -(-address // page) * page, (address + size) // page * page
+    whole = [(-(-address // page) * page, (address + size) // page * page) for address, size in places]
+    for first, end in whole:
         _advise(first, end - first, MADV_HUGEPAGE)
+    for first, end in whole:
         for at in range(first, end, PIECE):
-            if stop.is_set() or not _advise(at, min(PIECE, end - at), MADV_POPULATE_WRITE):
+            yield
+            if not _advise(at, min(PIECE, end - at), MADV_POPULATE_WRITE):
                 return
 
 
-def enlarge(places: Iterable[Place], stop: threading.Event) -> None:
-    """Move what is held to large pages, neighbours of it too, until `stop` is set.
+def enlarge(places: Iterable[Place]) -> Iterator[None]:
+    """Move what is held to large pages, neighbours of it too.
 
     Reading all weights, as each step does, then takes 512 times fewer translations of addresses."""
     try:
@@ -41,8 +43,7 @@ def enlarge(places: Iterable[Place], stop: threading.Event) -> None:
         return
     starts = {at for first, size in places for at in range(first // page * page, first + size, page)}
     for at in sorted(starts):
-        if stop.is_set():
-            return
+        yield
         _advise(at, page, MADV_COLLAPSE)  # fails where part of it is nobody's
 
 

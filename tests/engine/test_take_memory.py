@@ -1,28 +1,56 @@
-"""An engine gives its weights large pages and takes all of its pool's memory, after its programs are made."""
+"""An engine arranges its memory when its programs are made, and while no request is there."""
 
 import threading
+import time
 
-from jaxserve import Engine
+from jaxserve import Engine, SamplingParams
 from jaxserve.engine import pages
 
+OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128, "num_blocks": 33}
 
-def test_memory_is_arranged_after_the_last_program(model_dir, monkeypatch):
-    enlarged, taken, stops, asked = [], [], [], threading.Event()
 
-    def take(places, stop):
+def test_the_weights_get_large_pages_and_the_whole_pool_is_taken(model_dir, monkeypatch):
+    enlarged, taken, done = [], [], threading.Event()
+
+    def enlarge(places):
+        enlarged.extend(places)
+        yield
+
+    def take(places):
         taken.extend(places)
-        stops.append(stop)
-        asked.set()
+        yield
+        done.set()
+
+    monkeypatch.setattr(pages, "enlarge", enlarge)
+    monkeypatch.setattr(pages, "take", take)
+    with Engine(str(model_dir), dtype="float32", **OPTIONS) as engine:
+        core = engine._cores[0]
+        assert done.wait(300) and core.state == "warm"
+        assert sum(size for _, size in enlarged) == core.model.bytes
+        assert set(taken) == {(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in core._kv}
+
+
+def test_it_waits_for_requests_and_ends_with_the_engine(model_dir, monkeypatch):
+    piece = threading.Event()
+
+    def take(places):
+        while True:
+            yield
+            piece.set()
+            time.sleep(0.001)
 
     monkeypatch.setattr(pages, "take", take)
-    monkeypatch.setattr(pages, "enlarge", lambda places, stop: enlarged.extend(places))
-    options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128, "num_blocks": 33}
-    with Engine(str(model_dir), dtype="float32", **options) as engine:
-        core = engine._cores[0]
-        assert not asked.is_set() or core.state == "warm"
-        assert asked.wait(300) and core.state == "warm"
-        pools = {(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in core._kv}
-        assert sum(size for _, size in enlarged) == core.model.bytes
-        assert not stops[0].is_set()
-    assert stops[0].is_set()  # their memory is gone
-    assert set(taken) == pools
+    monkeypatch.setattr("jaxserve.engine.core.BUSY", 0.001)
+    with Engine(str(model_dir), dtype="float32", **OPTIONS) as engine:
+        assert piece.wait(300)
+        engine.add_request([5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True))
+        time.sleep(0.1)  # the piece under way
+        piece.clear()
+        assert not piece.wait(0.3)
+        while engine.has_unfinished():
+            engine.step()
+        assert piece.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "memory":
+            thread.join(10)
+            assert not thread.is_alive()
