@@ -17,7 +17,7 @@ from jaxserve.loading.weights import Tensors, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, paged_attention
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, Rotation, paged_attention
 
 POOL_SPEC = PartitionSpec(None, None, "tensor")
 HEADS_SPEC = PartitionSpec(None, "tensor")
@@ -130,20 +130,21 @@ class LoadedModel:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        rotation: Rotation,
         pool: jax.Array,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Attention with each device on its own heads: a pool that is never gathered."""
         op: Callable[..., tuple[jax.Array, jax.Array]] = partial(
-            paged_attention, implementation=implementation, **options
+            paged_attention, dtype=self.dtype, implementation=implementation, **options
         )
         if self.mesh.size == 1:
-            return op(q, k, v, pool, meta)
-        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, POOL_SPEC, PartitionSpec())
+            return op(q, k, v, pool, meta, rotation)
+        specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, POOL_SPEC, PartitionSpec(), PartitionSpec())
         sharded = jax.shard_map(
             op, mesh=self.mesh, in_specs=specs, out_specs=(HEADS_SPEC, POOL_SPEC), check_vma=False
         )
-        out: tuple[jax.Array, jax.Array] = sharded(q, k, v, pool, meta)
+        out: tuple[jax.Array, jax.Array] = sharded(q, k, v, pool, meta, rotation)
         return out
 
     def _sharding(self, path: str) -> NamedSharding:

@@ -20,7 +20,8 @@ from jaxserve.models.layers.mlp import GatedMLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.param import padded
 from jaxserve.models.layers.repeat import apply
-from jaxserve.models.layers.rope import Rope, Rotation
+from jaxserve.models.layers.rope import Rope
+from jaxserve.pallas_kernels.paged_attention import Rotation
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
 

@@ -10,10 +10,10 @@ from flax import nnx
 
 from jaxserve.models.layers.linear import Linear
 from jaxserve.models.layers.param import padded
-from jaxserve.models.layers.rope import Rotation, rotate
+from jaxserve.pallas_kernels.paged_attention import Rotation
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
-"""(q [N, heads, dim], k, v [N, kv_heads, dim], pool, scale=…) -> (out [N, heads, dim], pool)."""
+"""(q [N, heads, dim], k, v [N, kv_heads, dim], rotation, pool, scale=…) -> (out [N, heads, dim], pool)."""
 
 EMPTY = -1
 
@@ -86,8 +86,6 @@ class Attention(nnx.Module):
         """x [N, features] -> (float32 [N, features], pool)."""
         qkv = self.qkv(x)
         n, places, width, dim = qkv.shape
-        qk = rotate(qkv[:, :, :-1], rotation).astype(self.qkv.dtype)
-        q = qk[:, :, :-1].reshape(n, places * (width - 2), dim)
-        v = qkv[:, :, -1].astype(q.dtype)
-        out, pool = attend(q, qk[:, :, -1], v, pool, scale=self.scale)
+        q = qkv[:, :, :-2].reshape(n, places * (width - 2), dim)
+        out, pool = attend(q, qkv[:, :, -2], qkv[:, :, -1], rotation, pool, scale=self.scale)
         return self.out(out.reshape(n, places, width - 2, dim)), pool

@@ -127,6 +127,21 @@ inline void round(const float* from, int64_t count, BFloat16* to) {
 #endif
 }
 inline void round(const float* from, int64_t count, float* to) { std::memcpy(to, from, 4 * count); }
+inline void round(const float* from, int64_t count, Float16* to) {
+  for (int64_t i = 0; i < count; ++i) {
+#ifdef __F16C__
+    to[i].bits = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+#else
+    constexpr uint32_t kInfinity = 0x7f800000u, kTooLarge = 0x47800000u, kNormal = 0x38800000u;
+    constexpr float kHalf = 0.5f;  // its last digit is the smallest that a subnormal half has
+    const uint32_t bits = bits_as<uint32_t>(from[i]), sign = bits & 0x80000000u, size = bits ^ sign;
+    const uint32_t half = size >= kTooLarge ? (size > kInfinity ? 0x7e00u : 0x7c00u)
+                          : size < kNormal ? bits_as<uint32_t>(bits_as<float>(size) + kHalf) - bits_as<uint32_t>(kHalf)
+                                           : (size - (112u << 23) + 0xfffu + (size >> 13 & 1)) >> 13;
+    to[i].bits = uint16_t(sign >> 16 | half);
+#endif
+  }
+}
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 // Rounded to the nearest, the even one of two.

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta, ragged_meta
 from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
+from jaxserve.pallas_kernels.paged_attention.rotation import Rotation, rotate
 
 __all__ = [
     "AttentionMeta",
     "Implementation",
     "Masking",
     "PoolShape",
+    "Rotation",
     "empty_pool",
     "paged_attention",
     "ragged_meta",
@@ -54,8 +56,10 @@ def paged_attention(
     v: jax.Array,
     pool: jax.Array,
     meta: AttentionMeta,
+    rotation: Rotation | None = None,
     *,
     scale: float,
+    dtype: jnp.dtype | None = None,
     masking: Masking = PLAIN,
     sinks: jax.Array | None = None,
     alibi: jax.Array | None = None,
@@ -67,25 +71,32 @@ def paged_attention(
     q `[N, heads, dim]`, k and v `[N, kv_heads, dim]` (query head h reads KV head h // (heads // kv_heads)),
     pool `[num_blocks, 2, kv_heads, block_size, dim]`, `sinks` and `alibi` float32 `[heads]` (a sink is an
     extra logit that takes mass and gives nothing; ALiBi adds slope * (key position - query position)).
-    Returns out `[N, heads, dim]` of q's type (undefined in padding rows) and the pool. Softmax and
+    `rotation` turns q and k first, in float32. Then the three are rounded to `dtype`, that of q if it is not
+    given. Returns out `[N, heads, dim]` of q's type (undefined in padding rows) and the pool. Softmax and
     accumulation are float32. `interpret` runs Pallas kernels in interpret mode.
     """
+    kind, dtype = q.dtype, dtype or q.dtype
     options = {"scale": scale, "masking": masking, "sinks": sinks, "alibi": alibi}
-    if implementation == "gpu":
-        from jaxserve.pallas_kernels.paged_attention import gpu
-
-        return gpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
     if implementation == "cpu":
         from jaxserve.pallas_kernels.paged_attention import cpu
 
-        return cpu.paged_attention(q, k, v, pool, meta, **options)
-    if implementation == "reference":
+        return cpu.paged_attention(q, k, v, pool, meta, rotation, dtype=dtype, **options)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    if implementation == "gpu":
+        from jaxserve.pallas_kernels.paged_attention import gpu
+
+        out, pool = gpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
+    elif implementation == "reference":
         from jaxserve.pallas_kernels.paged_attention import reference
 
-        return reference.paged_attention(q, k, v, pool, meta, **options)
-    from jaxserve.pallas_kernels.paged_attention import xla
+        out, pool = reference.paged_attention(q, k, v, pool, meta, **options)
+    else:
+        from jaxserve.pallas_kernels.paged_attention import xla
 
-    return xla.paged_attention(q, k, v, pool, meta, **options)
+        out, pool = xla.paged_attention(q, k, v, pool, meta, **options)
+    return out.astype(kind), pool
 
 
 def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array, implementation: Implementation) -> jax.Array:

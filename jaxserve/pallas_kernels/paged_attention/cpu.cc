@@ -40,7 +40,8 @@ constexpr int64_t up(int64_t n, int64_t step) { return down(n + step - 1, step);
 struct Batch {
   int64_t rows, heads, kv_heads, group, dim, table_width, seqs;
   int64_t width;         // dim, rounded up to kWidthStep
-  const float* q;        // [rows, heads, dim]
+  const float *q, *k, *v;  // [rows, heads or kv_heads, dim]
+  const float *cos, *sin;  // [rows, dim / 2] or null
   const float* sinks;    // [heads] or null
   const float* alibi;    // [heads] or null
   const int32_t *tables, *starts, *q_lens, *q_rows, *row_seq, *row_pos;  // see meta.py
@@ -50,6 +51,25 @@ struct Batch {
 
   int64_t first_visible(int64_t pos) const { return window ? std::max<int64_t>(0, pos - window + 1) : 0; }
 };
+
+// Rounds a query or key of a row, turned by the row's angles if there are any. Pairs are (d, d + dim / 2).
+template <class Number>
+void turn_and_round(const Batch& b, int64_t row, const float* from, Number* to) {
+  if (!b.cos) return round(from, b.dim, to);
+  const int64_t half = b.dim / 2;
+  const float *cos = b.cos + row * half, *sin = b.sin + row * half;
+  constexpr int64_t kStep = 64;
+  float first[kStep], second[kStep];
+  for (int64_t begin = 0; begin < half; begin += kStep) {
+    const int64_t count = std::min(kStep, half - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t d = begin + i;
+      first[i] = from[d] * cos[d] - from[half + d] * sin[d];
+      second[i] = from[half + d] * cos[d] + from[d] * sin[d];
+    }
+    round(first, count, to + begin), round(second, count, to + half + begin);
+  }
+}
 
 // ---- A tile of rows
 
@@ -100,7 +120,8 @@ template <class Factor>
 void gather_queries(const Batch& b, const Tile& t, int64_t depth, Factor* to) {
   const float* from = b.q + t.offset(b);
   for (int64_t r = 0; r < t.rows; ++r, to += depth) {
-    round(from + (r / b.group * b.heads + r % b.group) * b.dim, b.dim, to);
+    const int64_t token = r / b.group;
+    turn_and_round(b, b.q_rows[t.seq] + t.token + token, from + (token * b.heads + r % b.group) * b.dim, to);
     std::fill(to + b.dim, to + depth, Factor{});
   }
 }
@@ -323,8 +344,7 @@ class Attention {
     for (int64_t i = 0; i < plan.counters; ++i) done_[i] = 0;
   }
 
-  void run(const Task& task) {
-    static thread_local Scratch scratch;
+  void run(const Task& task, Scratch& scratch) {
     const typename Form::Unit unit;
     const Tile& t = task.tile;
     const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b_.dim, Form::kDepthStep);
@@ -362,74 +382,78 @@ class Attention {
   std::unique_ptr<std::atomic<int64_t>[]> done_;
 };
 
-// Puts k and v [rows, kv_heads, dim] where the pool has the positions of the rows, and zeros the output of padding.
+// Puts keys and values where the pool has the positions of the rows, and zeros the output of padding.
 template <class Number>
-void write_row(const Batch& b, const Pool<Number>& pool, int64_t row, const Number* k, const Number* v) {
+void write_row(const Batch& b, const Pool<Number>& pool, int64_t row, Scratch& scratch) {
   const int64_t pos = b.row_pos[row];
   if (pos < 0) {
     std::fill_n(b.out + row * b.heads * b.dim, b.heads * b.dim, 0.0f);
     return;
   }
   const int64_t block = b.tables[b.row_seq[row] * b.table_width + pos / pool.block_size];
+  Number *key = scratch.keys.of<Number>(b.dim), *value = scratch.values.of<Number>(b.dim);
   for (int64_t head = 0; head < b.kv_heads; ++head) {
     const int64_t from = (row * b.kv_heads + head) * b.dim;
-    pool.write(block, head, pos % pool.block_size, k + from, v + from);
+    turn_and_round(b, row, b.k + from, key);
+    round(b.v + from, b.dim, value);
+    pool.write(block, head, pos % pool.block_size, key, value);
   }
 }
 
 // No row attends before all are written: what another sequence writes may be in a block that it shares.
 template <class Form>
-void write_and_attend(ffi::ThreadPool& threads, const Batch& b, const Pool<typename Form::Number>& pool,
-                      const void* k, const void* v) {
-  using Number = typename Form::Number;
-  const auto *keys = static_cast<const Number*>(k), *values = static_cast<const Number*>(v);
+void write_and_attend(ffi::ThreadPool& threads, const Batch& b, const Pool<typename Form::Number>& pool) {
   const Plan plan(b, threads.num_threads());
   Attention<Form> attention(b, pool, plan);
   const int64_t writes = (b.rows + kRowsPerWrite - 1) / kRowsPerWrite;
   std::atomic<int64_t> written{0};
   // items are begun in their order, so those that are waited for are under way
   parallel_for(threads, writes + plan.tasks.size(), [&](int64_t i) {
+    static thread_local Scratch scratch;
     if (i < writes) {
       const int64_t end = std::min(b.rows, (i + 1) * kRowsPerWrite);
-      for (int64_t row = i * kRowsPerWrite; row < end; ++row) write_row(b, pool, row, keys, values);
+      for (int64_t row = i * kRowsPerWrite; row < end; ++row) write_row(b, pool, row, scratch);
       written.fetch_add(1, std::memory_order_release);
       return;
     }
     while (written.load(std::memory_order_acquire) < writes) std::this_thread::yield();
-    attention.run(plan.tasks[i - writes]);
+    attention.run(plan.tasks[i - writes], scratch);
   });
 }
 
 // Numbers that are not `exact` may be rounded to the pool's type: queries, which mostly are of it, and weights.
 template <class Number>
-void compute(ffi::ThreadPool& threads, const Batch& b, const Pool<Number>& pool, const void* k, const void* v,
-             [[maybe_unused]] bool exact) {
+void compute(ffi::ThreadPool& threads, const Batch& b, const Pool<Number>& pool, [[maybe_unused]] bool exact) {
 #ifdef HAVE_TILES
   if constexpr (std::is_same_v<Number, BFloat16>)
-    if (!exact && tiles_allowed()) return write_and_attend<Tiles>(threads, b, pool, k, v);
+    if (!exact && tiles_allowed()) return write_and_attend<Tiles>(threads, b, pool);
 #endif
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<Number, BFloat16>)
-    if (!exact) return write_and_attend<Pairs>(threads, b, pool, k, v);
+    if (!exact) return write_and_attend<Pairs>(threads, b, pool);
 #endif
-  write_and_attend<Widened<Number>>(threads, b, pool, k, v);
+  write_and_attend<Widened<Number>>(threads, b, pool);
 }
 
 using Numbers = ffi::Buffer<ffi::F32>;
 using Indices = ffi::Buffer<ffi::S32>;
 
-ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                   ffi::AnyBuffer pool_before, Numbers sinks, Numbers alibi, Indices tables,
-                                   Indices starts, Indices q_lens, Indices q_rows, Indices row_seq, Indices row_pos,
+ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, Numbers k, Numbers v,
+                                   ffi::AnyBuffer pool_before, Numbers cos, Numbers sin, Numbers sinks, Numbers alibi,
+                                   Indices tables, Indices starts, Indices q_lens, Indices q_rows, Indices row_seq,
+                                   Indices row_pos,
                                    ffi::Result<Numbers> out, ffi::Result<ffi::AnyBuffer> written, float scale,
                                    float soft_cap, int32_t window, bool exact) {
   if (written->untyped_data() != pool_before.untyped_data())
     return ffi::Error::Internal("paged attention: the pool is not written in place");
   const auto shape = written->dimensions();  // [num_blocks, 2, kv_heads, block_size, dim]
-  for (ffi::AnyBuffer numbers : {k, v, pool_before})
-    if (ffi::ByteWidth(numbers.element_type()) != sizeof(NUMBER))
-      return ffi::Error::InvalidArgument("paged attention: wrong type");
-  for (ffi::AnyBuffer rows : {k, v})
+  if (ffi::ByteWidth(pool_before.element_type()) != sizeof(NUMBER))
+    return ffi::Error::InvalidArgument("paged attention: wrong type");
+  const int64_t angles = q.dimensions()[0] * (shape[4] / 2);
+  for (const Numbers& turns : {cos, sin})
+    if (turns.element_count() && (int64_t(turns.element_count()) != angles || shape[4] % 2))
+      return ffi::Error::InvalidArgument("paged attention: wrong rotation");
+  for (const Numbers& rows : {k, v})
     if (rows.dimensions()[0] != q.dimensions()[0] || rows.dimensions()[1] != shape[2] ||
         rows.dimensions()[2] != shape[4] || q.dimensions()[1] % shape[2] != 0)
       return ffi::Error::InvalidArgument("paged attention: wrong shapes");
@@ -442,13 +466,14 @@ ffi::Error paged_attention_handler(ffi::ThreadPool threads, Numbers q, ffi::AnyB
   b.group = b.heads / b.kv_heads;
   b.width = up(b.dim, kWidthStep);
   b.seqs = tables.dimensions()[0], b.table_width = tables.dimensions()[1];
-  b.q = q.typed_data(), b.out = out->typed_data();
+  b.q = q.typed_data(), b.k = k.typed_data(), b.v = v.typed_data(), b.out = out->typed_data();
+  b.cos = cos.element_count() ? cos.typed_data() : nullptr, b.sin = sin.typed_data();
   b.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   b.alibi = alibi.element_count() ? alibi.typed_data() : nullptr;
   b.tables = tables.typed_data(), b.starts = starts.typed_data(), b.q_lens = q_lens.typed_data();
   b.q_rows = q_rows.typed_data(), b.row_seq = row_seq.typed_data(), b.row_pos = row_pos.typed_data();
   b.logits = {scale, soft_cap}, b.window = window;
-  compute(threads, b, pool, k.untyped_data(), v.untyped_data(), exact);
+  compute(threads, b, pool, exact);
   return ffi::Error::Success();
 }
 
@@ -467,9 +492,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, jaxserve::paged_attention_handler
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<jaxserve::Numbers>()
+                                  .Arg<jaxserve::Numbers>()
+                                  .Arg<jaxserve::Numbers>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<jaxserve::Numbers>()
+                                  .Arg<jaxserve::Numbers>()
                                   .Arg<jaxserve::Numbers>()
                                   .Arg<jaxserve::Numbers>()
                                   .Arg<jaxserve::Indices>()

@@ -25,26 +25,31 @@ def empty_pool(shape: PoolShape) -> jax.Array:
     return pool
 
 
-def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks, alibi):
+def paged_attention(q, k, v, pool, meta: AttentionMeta, rotation, *, dtype, scale, masking, sinks, alibi):
     """See the seam, `paged_attention/__init__.py`. The output of padding rows is 0.
 
-    Where q is not float32, softmax weights may be rounded to its type before they multiply values. The bits
-    of a row depend only on its query, its context and the options, however the batch is made up.
+    Where `dtype` is not float32, softmax weights may be rounded to it before they multiply values, and q may
+    not be rounded. The bits of a row depend only on its query, its context and the options, however the batch
+    is made up.
     """
     if pool.dtype.itemsize == 2 and (pool.shape[3] % 2 or pool.shape[4] % 2):
         size, dim = pool.shape[3:]
         raise ValueError(f"16-bit KV in C++: block size {size} and head size {dim} must be even")
-    number = q.dtype if pool.dtype == jnp.uint16 else pool.dtype
-    per_head = [jnp.zeros(0) if x is None else x.astype(jnp.float32) for x in (sinks, alibi)]
+    number = dtype if pool.dtype == jnp.uint16 else pool.dtype
+    cos, sin = rotation or [jnp.zeros((0, 0))] * 2
+    per_head = [jnp.zeros(0) if x is None else x for x in (sinks, alibi)]
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(pool.shape, pool.dtype)
     target = native.target(native.Kernel.of(SOURCE, number), "paged_attention")
     call = jax.ffi.ffi_call(target, out, input_output_aliases={3: 1})
+    q_k_v, floats = (
+        [x.astype(jnp.float32) for x in arrays] for arrays in ((q, k, v), (cos, sin, *per_head))
+    )
     out, pool = call(
-        *(q.astype(jnp.float32), k.astype(number), v.astype(number), pool, *per_head, *meta),
+        *(*q_k_v, pool, *floats, *meta),
         scale=np.float32(scale),
         soft_cap=np.float32(masking.soft_cap),
         window=np.int32(masking.window),
-        exact=q.dtype == jnp.float32,
+        exact=dtype == jnp.float32,
     )
     return out.astype(q.dtype), pool
 

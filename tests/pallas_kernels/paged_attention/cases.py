@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, ragged_meta, read
+from jaxserve.pallas_kernels.paged_attention import (
+    AttentionMeta,
+    Masking,
+    PoolShape,
+    Rotation,
+    ragged_meta,
+    read,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Case:
     soft_cap: float = 0.0
     sinks: bool = False
     alibi: bool = False
+    rotary: bool = False
+    """q, k and v are float32 and not rotated yet."""
     pad_rows: int = 0
     pad_seqs: int = 0
     extra_width: int = 0
@@ -50,7 +59,12 @@ class Inputs:
     pool: jax.Array
     meta: AttentionMeta
     options: dict[str, Any]
-    """scale, masking, sinks and alibi."""
+    """scale, masking, sinks, alibi and dtype."""
+    rotation: Rotation | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.options["dtype"] or self.q.dtype)
 
 
 BF16 = jnp.bfloat16
@@ -100,6 +114,9 @@ CASES = [
     Case("bf16 bits", *MIXED, dtype=BF16, bits=True),
     Case("f16 bits", *MIXED, dtype=jnp.float16, bits=True),
     Case("f32 over a bf16 pool", *MIXED, pool_dtype=BF16),
+    Case("rotary", *MIXED, rotary=True, pad_rows=3),
+    Case("rotary bf16 bits", *MIXED, heads=9, kv_heads=3, dim=80, rotary=True, dtype=BF16, bits=True),
+    Case("rotary f16 bits", *MIXED, dim=256, rotary=True, dtype=jnp.float16, bits=True),
 ]
 
 
@@ -134,7 +151,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
     pool = np.where(live[:, None, None, :, None], pool, 1000.0).astype(number).view(shape.storage)
 
     def normal(heads):
-        return jnp.asarray(rng.standard_normal((rows, heads, case.dim), np.float32), case.dtype)
+        kind = jnp.float32 if case.rotary else case.dtype
+        return jnp.asarray(rng.standard_normal((rows, heads, case.dim), np.float32), kind)
 
     slopes = jnp.asarray(2.0 ** -rng.uniform(1, 6, case.heads), jnp.float32)
     options = {
@@ -142,9 +160,12 @@ def make(case: Case, seed: int = 0) -> Inputs:
         "masking": Masking(case.window, case.soft_cap),
         "sinks": jnp.asarray(rng.standard_normal(case.heads), jnp.float32) if case.sinks else None,
         "alibi": slopes if case.alibi else None,
+        "dtype": case.dtype if case.rotary else None,
     }
     q, k, v = normal(case.heads), normal(case.kv_heads), normal(case.kv_heads)
-    return Inputs(q, k, v, jnp.asarray(pool), meta, options)
+    angles = rng.uniform(0, 2 * np.pi, (rows, case.dim // 2)).astype(np.float32)
+    rotation = Rotation(jnp.cos(angles), jnp.sin(angles)) if case.rotary else None
+    return Inputs(q, k, v, jnp.asarray(pool), meta, options, rotation)
 
 
 def _with_gap(meta: AttentionMeta, singles: int, gap: int) -> AttentionMeta:
@@ -161,11 +182,21 @@ def numbers(stored: jax.Array, dtype: Any) -> np.ndarray:
     return (x.view(jnp.dtype(dtype)) if x.dtype == np.uint16 else x).astype(np.float64)
 
 
+def rotated(x: Inputs, queries: jax.Array) -> np.ndarray:
+    """Queries or keys [N, heads, dim], each half of them the two parts of complex numbers, turned."""
+    if x.rotation is None:
+        return np.asarray(queries)
+    cos, sin = (np.asarray(part, np.float64)[:, None] for part in x.rotation)
+    real, imaginary = np.split(np.asarray(queries, np.float64), 2, axis=2)
+    turned = (real + 1j * imaginary) * (cos + 1j * sin)
+    return np.concatenate([turned.real, turned.imag], axis=2).astype(np.float32)
+
+
 def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(out float64 `[N, heads, dim]`, pool as stored), one sequence, row and head at a time."""
-    q = np.asarray(x.q, np.float64)
-    number = x.q.dtype if x.pool.dtype == jnp.uint16 else x.pool.dtype
-    k, v = (np.asarray(a.astype(number)).view(x.pool.dtype) for a in (x.k, x.v))
+    number = x.dtype if x.pool.dtype == jnp.uint16 else x.pool.dtype
+    q = np.asarray(rotated(x, x.q).astype(x.dtype), np.float64)
+    k, v = (a.astype(number).view(x.pool.dtype) for a in (rotated(x, x.k), np.asarray(x.v)))
     pool = np.array(x.pool)
     meta = AttentionMeta(*map(np.asarray, x.meta))
     size = pool.shape[3]
