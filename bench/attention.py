@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.engine import pages
 from jaxserve.pallas_kernels.paged_attention import PoolShape, paged_attention, ragged_meta
 
 HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 32
@@ -82,6 +83,8 @@ def program(step: Step, implementation: Any, dtype: Any) -> tuple[Any, int]:
 
     compiled = jax.jit(run, donate_argnums=0)
     pools = [stored + 0 for _ in range(layers)]
+    for _ in pages.enlarge([(pool.unsafe_buffer_pointer(), pool.nbytes) for pool in pools]):
+        pass  # as in an engine
 
     def once() -> None:
         nonlocal pools

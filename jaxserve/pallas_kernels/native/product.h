@@ -82,6 +82,7 @@ template <class Number>
 struct Steps {
   const Number* cells;
   int64_t count;
+  const Number* ahead;  // what is needed later and lies alike, or these: it is brought to the cache meanwhile
 };
 
 template <class Form>
@@ -106,7 +107,9 @@ void multiply_tile(const Product<Form>& p, int64_t row, int64_t col) {
   Floats sums[Rows][Vectors] = {};
   for (int64_t part = 0; part < p.parts; ++part) {
     const auto* b = p.b[part].cells + col * Form::kNumbers;
-    for (int64_t step = 0; step < p.b[part].count; ++step, a += Form::kNumbers, b += p.b_stride)
+    const auto* ahead = p.b[part].ahead + col * Form::kNumbers;
+    for (int64_t step = 0; step < p.b[part].count; ++step, a += Form::kNumbers, b += p.b_stride, ahead += p.b_stride) {
+      for (int j = 0; j < Vectors; ++j) __builtin_prefetch(ahead + j * kLanes * Form::kNumbers, 0, 2);
 #pragma GCC unroll 2
       for (int product = 0; product < Form::kProducts; ++product) {
         const auto factor = [&](int i) { return Form::factor(a + i * p.a_stride, product); };
@@ -129,6 +132,7 @@ void multiply_tile(const Product<Form>& p, int64_t row, int64_t col) {
           }
         }
       }
+    }
   }
   float* c = p.c + row * p.c_stride + col;
 #pragma GCC unroll 8

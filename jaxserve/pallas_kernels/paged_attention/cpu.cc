@@ -93,6 +93,12 @@ struct Tile {
   }
 };
 
+// A split of a tile's context, of no tile if there is none.
+struct Place {
+  const Tile* tile;
+  int64_t split;
+};
+
 struct alignas(64) Line {
   char bytes[64];
 };
@@ -148,14 +154,14 @@ class Context {
   Span used;    // that some row may see
   Span padded;  // in whole steps
 
-  Context(const Batch& b, const Pool<Number>& pool, const Tile& t, int64_t split, Scratch& scratch)
+  Context(const Batch& b, const Pool<Number>& pool, const Tile& t, int64_t split, const Place& next, Scratch& scratch)
       : pool_(pool), table_(b.tables + t.seq * b.table_width + split * kSplit / pool.block_size),
         offset_(split * kSplit % pool.block_size), head_(t.kv_head) {
     used.first = std::max<int64_t>(b.first_visible(t.first_pos) - split * kSplit, 0);
     used.end = std::min(t.end_pos() - split * kSplit, kSplit);
     padded = {down(used.first, kStep), up(used.end, kStep)};
     if (pool.block_size % kStep == 0 && pool.dim % kStep == 0 && pool.dim == b.width)
-      find(scratch);
+      find(b, next, scratch);
     else
       copy(b, scratch);
   }
@@ -185,28 +191,34 @@ class Context {
     }
   }
 
-  void find(Scratch& scratch) {
+  void find(const Batch& b, const Place& next, Scratch& scratch) {
     for_blocks(padded, [&](int64_t block, int64_t slot, Span span) {
       const Number* cells = pool_.keys(block, head_) + slot * kCell;
-      keys_[key_parts_++] = {{cells, pool_.dim / kCell}, pool_.key_stride(), span};
+      keys_[key_parts_++] = {{cells, pool_.dim / kCell, cells}, pool_.key_stride(), span};
     });
     value_stride_ = pool_.value_stride();
     const int64_t whole = down(used.end, Form::kDepthStep);
     for_blocks({padded.first, whole}, [&](int64_t block, int64_t slot, Span span) {
       const Number* cells = pool_.values(block, head_) + slot / kCell * value_stride_;
-      values_[value_parts_++] = {cells, (span.end - span.first) / kCell};
+      values_[value_parts_++] = {cells, (span.end - span.first) / kCell, cells};
     });
+    for (int64_t i = 0; i < value_parts_; ++i) {
+      keys_[i].steps.ahead = values_[i].cells;
+      const int64_t block = next.split * kSplit / pool_.block_size + i;
+      if (next.tile && block * pool_.block_size < next.tile->end_pos())
+        values_[i].ahead = pool_.keys(b.tables[next.tile->seq * b.table_width + block], next.tile->kv_head);
+    }
     if (whole == used.end) return;
     // what is after the end may be anything, which a weight of 0 does not hide
     Number* tail = scratch.tail.of<Number>(Form::kDepthStep * pool_.dim);
     copy_values({whole, used.end}, Form::kDepthStep, tail);
-    values_[value_parts_++] = {tail, Form::kDepthStep / kCell};
+    values_[value_parts_++] = {tail, Form::kDepthStep / kCell, tail};
   }
 
   void copy(const Batch& b, Scratch& scratch) {
     const int64_t depth = up(pool_.dim, Form::kDepthStep), count = padded.end - padded.first;
     Number* keys = scratch.keys.of<Number>(depth * count);
-    keys_[key_parts_++] = {{keys, depth / kCell}, count * kCell, padded};
+    keys_[key_parts_++] = {{keys, depth / kCell, keys}, count * kCell, padded};
     std::fill_n(keys, depth * count, Number{});
     for_blocks(used, [&](int64_t block, int64_t slot, Span span) {
       const Number* from = pool_.keys(block, head_) + slot * kCell;
@@ -217,7 +229,7 @@ class Context {
     value_stride_ = b.width * kCell;
     Number* values = scratch.values.of<Number>(count * b.width);
     copy_values({padded.first, used.end}, count, values);
-    values_[value_parts_++] = {values, count / kCell};
+    values_[value_parts_++] = {values, count / kCell, values};
   }
 
   // The values of some positions, with zeros up to `count` of them and up to the stride.
@@ -265,9 +277,9 @@ void weigh(const Batch& b, const Tile& t, int64_t split, Span vectors, float* lo
 // The softmax of a tile's rows over one split of their context.
 template <class Form>
 void attend_split(const Batch& b, const Pool<typename Form::Number>& pool, const Tile& t, int64_t split,
-                  Scratch& scratch, const Softmax& s) {
+                  const Place& next, Scratch& scratch, const Softmax& s) {
   using Factor = typename Form::Factor;
-  const Context<Form> context(b, pool, t, split, scratch);
+  const Context<Form> context(b, pool, t, split, next, scratch);
   const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b.dim, Form::kDepthStep);
   const Factor* queries = scratch.queries.of<Factor>(rows * depth);
   float* logits = scratch.logits.of<float>(rows * kSplit);
@@ -298,6 +310,13 @@ struct Task {
 struct Plan {
   std::vector<Task> tasks;
   int64_t parts = 0, counters = 0;
+
+  // Where a task begins.
+  Place place(const Batch& b, size_t task) const {
+    if (task >= tasks.size()) return {nullptr, 0};
+    const Task& t = tasks[task];
+    return {&t.tile, t.split == Task::kAll ? t.tile.first_split(b) : t.split};
+  }
 
   Plan(const Batch& b, int64_t threads) {
     threads = std::max<int64_t>(1, threads);
@@ -344,7 +363,8 @@ class Attention {
     for (int64_t i = 0; i < plan.counters; ++i) done_[i] = 0;
   }
 
-  void run(const Task& task, Scratch& scratch) {
+  // What comes `next` is brought to the cache if it can be.
+  void run(const Task& task, const Place& next, Scratch& scratch) {
     const typename Form::Unit unit;
     const Tile& t = task.tile;
     const int64_t rows = up(t.rows, Form::kRowStep), depth = up(b_.dim, Form::kDepthStep);
@@ -355,11 +375,11 @@ class Attention {
       const Softmax part(scratch.part.of<float>(size), t.rows, b_.width);
       begin(t, all);
       for (int64_t i = 0; i < splits; ++i) {
-        attend_split<Form>(b_, pool_, t, first + i, scratch, part);
+        attend_split<Form>(b_, pool_, t, first + i, i + 1 < splits ? Place{&t, first + i + 1} : next, scratch, part);
         all.add(part);
       }
     } else {
-      attend_split<Form>(b_, pool_, t, task.split, scratch, part_of(task, task.split - first));
+      attend_split<Form>(b_, pool_, t, task.split, next, scratch, part_of(task, task.split - first));
       if (done_[task.counter].fetch_add(1, std::memory_order_acq_rel) + 1 < splits) return;
       begin(t, all);
       for (int64_t i = 0; i < splits; ++i) all.add(part_of(task, i));
@@ -417,7 +437,7 @@ void write_and_attend(ffi::ThreadPool& threads, const Batch& b, const Pool<typen
       return;
     }
     while (written.load(std::memory_order_acquire) < writes) std::this_thread::yield();
-    attention.run(plan.tasks[i - writes], scratch);
+    attention.run(plan.tasks[i - writes], plan.place(b, i - writes + threads.num_threads()), scratch);
   });
 }
 
