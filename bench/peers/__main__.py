@@ -4,9 +4,9 @@
 
 `setup` installs each peer into an environment of its own under $JAXSERVE_HOME/peers, once. `run` measures: in
 each round every peer starts, alone; then, for each number of sequences, each generates in turn while the rest
-sit idle (one that takes processor time all the same is named). Every figure is at once appended to runs.jsonl
-in --out: run again for more rounds, or with other peers. `report` makes table, JSON and plot of all that is
-there. Without an action it does the three. A peer that cannot be installed or fails is named in the table.
+are stopped. Every figure is at once appended to runs.jsonl in --out: run again for more rounds, or with other
+peers. `report` makes table, JSON and plot of all that is there. Without an action it does the three. A peer
+that cannot be installed or fails is named in the table.
 
 In Python prompts are random tokens, and "first token" is when a whole batch has its first. Over HTTP they are
 words; each server is loaded by `jaxserve bench serve`, closed-loop, and it is the median of the requests.
@@ -17,15 +17,14 @@ import json
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from bench.peers import report, setup
 from bench.peers.catalogue import OURS, PEERS, SLOT, Peer, Shelf, catalogue
-from bench.peers.process import BUSY, InPython, OverHTTP, PeerFailed, Running, Work
+from bench.peers.process import InPython, OverHTTP, PeerFailed, Running, Work
 
 ACTIONS = ("setup", "run", "report")
 WAYS: dict[str, type[Running]] = {"python": InPython, "http": OverHTTP}
@@ -92,6 +91,16 @@ def left_out(name: str, peers: dict[str, Peer], journal: Journal) -> Iterator[No
         del peers[name]
 
 
+@contextmanager
+def alone(name: str, running: dict[str, Running]) -> Iterator[None]:
+    """One peer's turn, in which the others do not run at all."""
+    with ExitStack() as others:
+        for other, each in running.items():
+            if other != name:
+                others.enter_context(each.paused())
+        yield
+
+
 def prepare(shelf: Shelf, peers: dict[str, Peer], journal: Journal) -> None:
     setup.export(shelf)
     for name in list(peers):
@@ -105,7 +114,7 @@ def compare(peers: dict[str, Peer], args: argparse.Namespace, journal: Journal) 
         running: dict[str, Running] = {}
         try:
             for name in list(peers):
-                with left_out(name, peers, journal):
+                with left_out(name, peers, journal), alone(name, running):
                     start(peers[name], running, args, journal)
             for count in args.sequences:
                 work = Work(count, args.input, args.output, seed=1000 * turn + count)
@@ -137,17 +146,10 @@ def start(peer: Peer, running: dict[str, Running], args: argparse.Namespace, jou
 
 
 def measure(name: str, running: dict[str, Running], work: Work, journal: Journal) -> None:
-    """One peer's turn. Others that take processor time meanwhile, with nothing to do, are named."""
-    others = {other: each for other, each in running.items() if other != name}
-    before = {other: each.cpu_seconds() for other, each in others.items()}
-    begin = time.perf_counter()
-    figures = running[name].measure(work)
-    seconds = time.perf_counter() - begin
+    with alone(name, running):
+        figures = running[name].measure(work)
     for metric, value in figures.items():
         journal.write(name, metric, value, work.sequences)
-    for other, each in others.items():
-        if (taken := (each.cpu_seconds() - before[other]) / seconds) > BUSY:
-            print(f"{other} took {taken:.0%} of a core meanwhile, idle as it was", file=sys.stderr)
 
 
 def tell(journal: Journal, out: Path, peers: dict[str, Peer]) -> None:

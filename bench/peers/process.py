@@ -10,8 +10,8 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,16 @@ class Running(ABC):
         """Processor time so far, of all its processes."""
         return sum(map(cpu_seconds, tree(self._process.pid)))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its processes are stopped, of which some are never idle."""
+        stopped = tree(self._process.pid)
+        try:
+            _signal(stopped, signal.SIGSTOP)
+            yield
+        finally:
+            _signal(stopped, signal.SIGCONT)
+
     def stop(self) -> int:
         """End it; the most memory that all its processes took together, in bytes."""
         peak = self._memory.stop()
@@ -103,6 +113,12 @@ class Running(ABC):
     def _failed(self, what: str) -> PeerFailed:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return PeerFailed(f"{what}: {lines[-1][:200] if lines else 'it said nothing'} (see {self._log.name})")
+
+
+def _signal(pids: list[int], which: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, which)
 
 
 class InPython(Running):

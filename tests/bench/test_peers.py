@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,18 @@ def test_a_peer_is_told_what_to_generate_and_timed(fake, tmp_path):
     assert figures == {"output": pytest.approx(84 / 10), "prefill": pytest.approx(40 / 2), "first": 2000.0}
     assert running.stop() > 2**20
     assert running.cpu_seconds() == 0  # no process is left
+
+
+def test_a_paused_peer_takes_no_processor_time_and_goes_on(fake, tmp_path):
+    running = InPython(fake("one"), 1, {}, tmp_path / "log")
+    running.first_token()
+    stat, end = Path(f"/proc/{running._process.pid}/stat"), time.monotonic() + 30
+    with running.paused():
+        while (state := stat.read_text().rpartition(")")[2].split()[0]) != "T" and time.monotonic() < end:
+            time.sleep(0.01)
+    assert state == "T"
+    assert running.first_token() > 0
+    running.stop()
 
 
 def test_outputs_of_another_length_are_refused(fake, tmp_path):
