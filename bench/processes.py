@@ -30,10 +30,11 @@ def private_memory(pid: int) -> int:
     return _field(Path(f"/proc/{pid}/status"), "RssAnon")
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time that one process has used."""
+def cpu_seconds(pid: int, thread: int | None = None) -> float:
+    """Processor time that one process has used, or one thread of it."""
+    place = f"/proc/{pid}" if thread is None else f"/proc/{pid}/task/{thread}"
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(place, "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

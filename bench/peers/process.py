@@ -23,8 +23,8 @@ ENDING = 20.0
 """Seconds in which a peer that is done may end by itself."""
 
 
-BUSY = 0.02
-"""Part of a core that an idle peer may take."""
+BUSY = 0.25
+"""Part of a core that an idle peer may take: vLLM takes a sixth."""
 QUIET = 2.0
 LONGEST_SETTLING = 180.0
 """Seconds."""
@@ -74,9 +74,14 @@ class Running(ABC):
     @abstractmethod
     def _ask_first(self) -> None: ...
 
-    @abstractmethod
     def settle(self) -> None:
-        """Wait until nothing goes on in the background."""
+        """Wait until nothing goes on in the background: it has taken little processor time for a while."""
+        end = time.monotonic() + LONGEST_SETTLING
+        while time.monotonic() < end:
+            before = self.cpu_seconds()
+            time.sleep(QUIET)
+            if self.cpu_seconds() - before < QUIET * BUSY:
+                return
 
     @abstractmethod
     def measure(self, work: Work) -> dict[str, float]:
@@ -134,6 +139,7 @@ class InPython(Running):
 
     def settle(self) -> None:
         self._tell({"settle": True})
+        super().settle()
 
     def measure(self, work: Work) -> dict[str, float]:
         chance = random.Random(work.seed)
@@ -187,15 +193,6 @@ class OverHTTP(Running):
                 if self._process.poll() is not None:
                     raise self._failed("its server ended") from None
                 time.sleep(0.02)
-
-    def settle(self) -> None:
-        """Until it has taken next to no processor time for a while."""
-        end = time.monotonic() + LONGEST_SETTLING
-        while time.monotonic() < end:
-            before = self.cpu_seconds()
-            time.sleep(QUIET)
-            if self.cpu_seconds() - before < QUIET * BUSY:
-                return
 
     def measure(self, work: Work) -> dict[str, float]:
         self._load(work, 2)  # some make their buffers and kernels for a size when they first see it
