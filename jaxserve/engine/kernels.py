@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.devices import Platform, platform_of
 from jaxserve.errors import ConfigError
-from jaxserve.pallas_kernels import matmul, native, paged_attention
+from jaxserve.pallas_kernels import matmul, native, paged_attention, sampling
 from jaxserve.pallas_kernels.matmul import cpu as cpu_matmul
 from jaxserve.pallas_kernels.paged_attention import cpu as cpu_attention
+from jaxserve.pallas_kernels.sampling import cpu as cpu_sampling
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 class Kernels(NamedTuple):
     attention: paged_attention.Implementation
     matmul: matmul.Implementation
+    sampler: sampling.Implementation = "xla"
 
     def smallest_decode(self, platform: Platform) -> int:
         """Rows of the smallest decode program: fewer are not faster, except with the C++ product."""
@@ -33,6 +35,7 @@ def cpu_kernels(dtype: Any, quantization: str | None = None) -> list[tuple[str, 
     kernels = [
         ("attention", native.Kernel.of(cpu_attention.SOURCE, dtype)),
         ("matmul", native.Kernel.of(cpu_matmul.SOURCE, dtype)),
+        ("sampler", cpu_sampling.KERNEL),
     ]
     return kernels + ([("matmul", cpu_matmul.INT8)] if quantization == "int8" else [])
 
@@ -62,10 +65,9 @@ def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
     attention: Any = config.attention
     if attention == "auto":
         attention = "cpu" if cpu else platform.attention
-    product: Any = config.matmul
-    if product == "auto":
-        product = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights
-    return Kernels(attention, product)
+    best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
+    product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
+    return Kernels(attention, product, sampler)
 
 
 def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:
@@ -73,6 +75,6 @@ def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:
     platform = mesh.devices.flat[0].platform
     if platform != "cpu":
         return f"it is for CPUs, and this is a {platform}"
-    if name == "matmul" and mesh.size > 1:
-        return "the weights of a mesh are multiplied by XLA"
+    if name != "attention" and mesh.size > 1:
+        return "on a mesh that is XLA's"
     return native.why_not(kernel)

@@ -237,7 +237,7 @@ class Programs:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
         args = (self._slots, logits, self._array(seqs, 2))
         self._sample[seqs, variant] = self._compile(
-            f"sample {seqs} {variant}", partial(sample, variant), *args
+            f"sample {seqs} {variant}", partial(sample, variant, self._kernels.sampler), *args
         )
 
     def _compile(

@@ -3,6 +3,7 @@
 Order of filters: temperature, min_p, top_k, top_p. A filter is a threshold on the logits, found by
 bisection; equal logits stay together. A row draws one uniform number from its own key (seed, sample
 index, position) and inverts the cumulative distribution, so its token does not depend on the batch.
+What is here in XLA is the same in C++, for CPUs (pallas_kernels/sampling).
 """
 
 from typing import Literal, NamedTuple
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.pallas_kernels.sampling import Implementation
 from jaxserve.sampling_params import MAX_LOGPROBS
 
 Variant = Literal["greedy", "random", "full"]
@@ -62,14 +64,27 @@ class Sampled(NamedTuple):
         return cls(tokens, floats[:, 1], packed[:, 2], packed[:, 3 : 3 + top], floats[:, 3 + top :])
 
 
-def sample(logits: jax.Array, params: RowParams, positions: jax.Array, variant: Variant) -> Sampled:
+def sample(
+    logits: jax.Array,
+    params: RowParams,
+    positions: jax.Array,
+    variant: Variant,
+    implementation: Implementation = "xla",
+) -> Sampled:
     """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have."""
-    tokens = argmax(logits)
     if variant == "greedy":
-        return Sampled(tokens)
-    drawn = _draw(logits, params, uniform(params.seed, params.sample_index, positions))
-    tokens = jnp.where(params.temperature > 0.0, drawn, tokens)
-    return with_logprobs(logits, tokens) if variant == "full" else Sampled(tokens)
+        params, u = params._replace(temperature=jnp.zeros_like(params.temperature)), params.temperature
+    else:
+        u = uniform(params.seed, params.sample_index, positions)
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.sampling import cpu
+
+        tokens = cpu.sample(logits, params.temperature, params.top_p, params.min_p, params.top_k, u)
+    else:
+        tokens = argmax(logits)
+        if variant != "greedy":
+            tokens = jnp.where(params.temperature > 0.0, _draw(logits, params, u), tokens)
+    return with_logprobs(logits, tokens, implementation) if variant == "full" else Sampled(tokens)
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -214,10 +229,17 @@ def _first_above(weights: jax.Array, sums: jax.Array, goal: jax.Array) -> jax.Ar
     return jnp.min(jnp.where((weights > 0.0) & (sums > goal[:, None]), index, last), axis=1)
 
 
-def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+def with_logprobs(
+    logits: jax.Array, tokens: jax.Array, implementation: Implementation = "xla"
+) -> Sampled:
     """The tokens with logprobs of the model's own distribution, before temperature and filters."""
+    top = min(MAX_LOGPROBS, logits.shape[1])
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.sampling import cpu
+
+        return Sampled(tokens, *cpu.logprobs(logits, tokens, top))
     norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     ranks = 1 + jnp.sum(logits > own, axis=1, dtype=jnp.int32)
-    best, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    best, ids = lax.top_k(logits, top)
     return Sampled(tokens, (own - norm)[:, 0], ranks, ids.astype(jnp.int32), best - norm)

@@ -16,6 +16,7 @@ from jaxserve.engine.batch import FROM_DEVICE, TABLE_AT, StepLayout
 from jaxserve.engine.sampling import RowParams, Variant
 from jaxserve.engine.sampling import sample as choose
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, ragged_meta
+from jaxserve.pallas_kernels.sampling import Implementation
 
 Weights = list[jax.Array]
 KV = list[jax.Array]
@@ -88,9 +89,11 @@ def forward(
     return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)
 
 
-def sample(variant: Variant, slots: Slots, logits: jax.Array, targets: jax.Array) -> tuple[Slots, jax.Array]:
+def sample(
+    variant: Variant, implementation: Implementation, slots: Slots, logits: jax.Array, targets: jax.Array
+) -> tuple[Slots, jax.Array]:
     """Choose each row's token and remember it in the row's slot. What was chosen comes as `Sampled.pack`."""
     target, position = targets[:, 0], targets[:, 1]
     params = RowParams(*(value[target] for value in slots.params))
-    sampled = choose(logits, params, position, variant)
+    sampled = choose(logits, params, position, variant, implementation)
     return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled.pack()

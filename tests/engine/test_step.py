@@ -34,7 +34,7 @@ def compiled(bucket: Bucket):
 
 
 admit_jit = jax.jit(admit, donate_argnums=0)
-sample_jit = jax.jit(partial(sample, "random"), donate_argnums=0)
+sample_jit = jax.jit(partial(sample, "random", "xla"), donate_argnums=0)
 
 
 class Device:

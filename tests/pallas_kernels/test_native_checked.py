@@ -11,12 +11,13 @@ import pytest
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul import cpu as matmul
 from jaxserve.pallas_kernels.paged_attention import cpu as paged_attention
+from jaxserve.pallas_kernels.sampling import cpu as sampling
 
 KERNELS = [
     native.Kernel(source, number)
     for source in (matmul.SOURCE, paged_attention.SOURCE)
     for number in native.NUMBERS.values()
-] + [matmul.INT8]
+] + [matmul.INT8, sampling.KERNEL]
 # gcc 12's own AVX-512 headers read a vector before they set it; psabi is a note on ABIs, not on the code
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-psabi")
 HERE = Path(__file__).parent
@@ -73,9 +74,10 @@ RUN = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
 
 def test_values_are_computed_within_bounds(sanitized_home):
     chosen = "cpu and (padded or everything or bits or head or block or float or every_bit)"
-    chosen += " or random_layers"
+    chosen += " or random_layers or (test_sampling and (cpu or cpp) and not frequencies)"
+    tests = str(HERE), str(HERE.parent / "engine" / "test_sampling.py")
     # -s: what a sanitizer says as it ends the process would stay in pytest's capture
-    done = run_sanitized(sanitized_home, RUN, "-qs", "-p", "no:cacheprovider", "-k", chosen, str(HERE))
+    done = run_sanitized(sanitized_home, RUN, "-qs", "-p", "no:cacheprovider", "-k", chosen, *tests)
     assert done.returncode == 0, done.stdout + done.stderr
     made = {path.stem.rsplit("-", 2)[0] for path in (sanitized_home / "native").iterdir()}
     assert made == {kernel.name for kernel in KERNELS}
