@@ -2,9 +2,9 @@
 
     python -m bench.step [--sequences 1 8 64] [--context 256] [--steps 20]
 
-So many sequences decode in an engine with default settings, under jax's profiler. C++ kernels are named with
-the shape that they make, what XLA compiles is one line, and so is the time in which nothing runs: between what
-a program calls, and between programs. Medians over the steps, with the calls of a step.
+So many sequences decode in an engine with default settings, under a profiler. C++ kernels are named with
+the shape that they make, what XLA compiles is one line, and so is the time in which nothing runs: between
+what a program calls, and between programs. Medians over the steps, with the calls of a step.
 """
 
 import argparse

@@ -40,7 +40,8 @@ MAX_FAILED_STEPS = 3
 """In a row: then it is not the requests that are wrong, and the engine gives up."""
 
 BUSY = 0.05
-"""Seconds until what waits for an engine without requests looks again."""
+"""Seconds between pieces of memory that are taken while requests are there: at full speed steps would take
+eight times as long."""
 
 
 class Flight(NamedTuple):
@@ -121,15 +122,13 @@ class EngineCore:
             threading.Thread(target=self._arrange_memory, args=held, name="memory", daemon=True).start()
 
     def _arrange_memory(self, weights: list[pages.Place], pools: list[pages.Place]) -> None:
-        """Large pages for the weights; and all that the pool may ever hold, while no request is there."""
+        """Large pages for the weights, then all that the pool may hold: slowly while requests are there."""
         self._programs.wait_until_warm()
         for _ in pages.enlarge(weights):
             if self._closed.is_set():
                 return
         for _ in pages.take(pools):
-            while self.unfinished and not self._closed.wait(BUSY):
-                pass
-            if self._closed.is_set():
+            if self._closed.wait(BUSY if self.unfinished else 0.0):
                 return
 
     @property
