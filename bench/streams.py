@@ -204,7 +204,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.first = self.first or time.perf_counter()
         self.tail = (self.tail + data)[-64:]
-        if b"[DONE]" in self.tail or data.startswith(b"HTTP/1.1 4"):
+        if b"[DONE]" in self.tail or (data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200")):
             self.good = b"[DONE]" in self.tail
             self._transport.close()
             self.done.set_result(None)

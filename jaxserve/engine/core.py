@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation, pages
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
-from jaxserve.engine.devices import CPU, make_mesh, memory_of, platform_of, weight_type
+from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
@@ -116,19 +116,28 @@ class EngineCore:
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
-        self._closed = threading.Event()
-        if platform is CPU and mesh.size == 1:
-            held = [_place(weight) for weight in self.model.weights], [_place(pool) for pool in self._kv]
-            threading.Thread(target=self._arrange_memory, args=held, name="memory", daemon=True).start()
+        self._moved = threading.Event()
+        self._begin_to_arrange()
 
-    def _arrange_memory(self, weights: list[pages.Place], pools: list[pages.Place]) -> None:
+    def _begin_to_arrange(self) -> None:
+        """Arrange the memory of weights and pools as they are now, in the background, until they move."""
+        if not self._on_host or self.model.mesh.size > 1:
+            return
+        weights, pools = ([_place(array) for array in held] for held in (self.model.weights, self._kv))
+        self._moved = threading.Event()
+        args = weights, pools, self._moved
+        threading.Thread(target=self._arrange_memory, args=args, name="memory", daemon=True).start()
+
+    def _arrange_memory(
+        self, weights: list[pages.Place], pools: list[pages.Place], moved: threading.Event
+    ) -> None:
         """Large pages for the weights, then all that the pool may hold: slowly while requests are there."""
         self._programs.wait_until_warm()
         for _ in pages.enlarge(weights):
-            if self._closed.is_set():
+            if moved.is_set():
                 return
         for _ in pages.take(pools):
-            if self._closed.wait(BUSY if self.unfinished else 0.0):
+            if moved.wait(BUSY if self.unfinished else 0.0):
                 return
 
     @property
@@ -225,7 +234,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Stop compiling and let go of the device's memory."""
-        self._closed.set()
+        self._moved.set()
         self._programs.close()
         self._flights.clear()
         self._kv, self._slots, self.model.weights = [], None, []  # type: ignore[assignment]
@@ -343,9 +352,11 @@ class EngineCore:
         self._pool.cache.clear()
         for request in list(self._scheduler.running):
             self._scheduler.preempt(request)
+        self._moved.set()
         for array in jax.tree.leaves((self._kv, self._slots)):
             array.delete()  # or the traceback keeps what was not donated
         self._kv, self._slots = jax.block_until_ready(self._programs.empty_state())
+        self._begin_to_arrange()
         return outputs
 
 

@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 class Kernels(NamedTuple):
     attention: paged_attention.Implementation
     matmul: matmul.Implementation
-    sampler: sampling.Implementation = "xla"
+    sampler: sampling.Implementation
 
     def smallest_decode(self, platform: Platform) -> int:
         """Rows of the smallest decode program: fewer are not faster, except with the C++ product."""
         return 1 if self.matmul == "cpu" else platform.smallest_decode
 
 
-PORTABLE = Kernels("xla", "xla")
+PORTABLE = Kernels("xla", "xla", "xla")
 """Those that run anywhere."""
 
 

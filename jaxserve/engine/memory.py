@@ -14,13 +14,15 @@ import msgspec
 
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.devices import CPU, GPU, TPU, Memory, gib
+from jaxserve.engine.kernels import Kernels
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Shapes, ladder
 from jaxserve.errors import ConfigError
+from jaxserve.models.layers.activation import GATES
 from jaxserve.models.layers.attention import HeadLayout
 from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
-from jaxserve.pallas_kernels.matmul import Implementation
+from jaxserve.pallas_kernels.matmul.tiles import OUTS
 from jaxserve.pallas_kernels.paged_attention import PoolShape
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
@@ -51,7 +53,7 @@ class Case(NamedTuple):
     dtype: jnp.dtype
     weights: int
     """Bytes on one device."""
-    matmul: Implementation
+    kernels: Kernels
 
 
 class Budget(NamedTuple):
@@ -103,7 +105,7 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
 
     Raises ConfigError with the arithmetic, and what to change, when it does not fit.
     """
-    case = Case(config, model.config, model.shards, model.dtype, model.bytes, model.kernels.matmul)
+    case = Case(config, model.config, model.shards, model.dtype, model.bytes, model.kernels)
     budget = _budget(case, memory)
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
@@ -150,15 +152,16 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
 
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
     bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
-    Sampling holds the logits five times, and the next step's. A bound that tests/engine/test_memory.py holds
-    against what the compiler says of the programs.
+    Sampling holds the logits five times (in C++ once), and the next step's. A bound that
+    tests/engine/test_memory.py holds against what the compiler says of the programs.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
     logits = 4 * rows * padded(shapes.vocab, 128)
     gathered = logits + logits // shards if shards > 1 else 0
     width = padded(dims.intermediate_size, shards) // shards
-    if case.matmul == "cpu":
+    gated = dims.hidden_act in GATES and not dims.mlp_bias and width % OUTS == 0
+    if case.kernels.matmul == "cpu" and gated:
         mlp = 4 * tokens * (width + 2 * dims.hidden_size)
     else:
         mlp = 4 * tokens * width * (4 if case.config.quantization else 3)
@@ -166,7 +169,8 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     tables = 2 * 4 * rows * shapes.table_width
     forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
     workspace = GPU_WORKSPACE if memory.platform is GPU else 0
-    return max(forward + forward // 50 + workspace, 6 * logits + logits // 16) + MIB
+    kept = 2 if case.kernels.sampler == "cpu" else 6
+    return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
 
 
 def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memory) -> int:
@@ -175,8 +179,9 @@ def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memor
     dim: int = case.dims.head_dim
     heads = layout.q.size // case.shards
     q, kv = heads * dim, len(layout.kv) // case.shards * dim
-    own = tokens * (4 * (q + 2 * kv) + case.dtype.itemsize * (2 * q + kv))
     wanted = case.config.attention
+    size = 4 if wanted == "cpu" else case.dtype.itemsize
+    own = tokens * (4 * (q + 2 * kv) + size * (2 * q + kv))
     if wanted == "cpu" or (memory.platform is GPU and wanted != "xla"):
         return own
     if wanted == "reference":  # gathers the whole context of every token

@@ -41,6 +41,8 @@ def enlarge(places: Iterable[Place]) -> Iterator[None]:
         page = int(LARGE.read_text())
     except (OSError, ValueError):
         return
+    if page > PIECE:
+        return  # that much cannot be moved while it is in use
     starts = {at for first, size in places for at in range(first // page * page, first + size, page)}
     for at in sorted(starts):
         yield

@@ -73,7 +73,8 @@ def sample(
 ) -> Sampled:
     """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have."""
     if variant == "greedy":
-        params, u = params._replace(temperature=jnp.zeros_like(params.temperature)), params.temperature
+        u = jnp.zeros_like(params.temperature)
+        params = params._replace(temperature=u)
     else:
         u = uniform(params.seed, params.sample_index, positions)
     if implementation == "cpu":

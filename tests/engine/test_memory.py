@@ -41,6 +41,8 @@ DEEP_MLP = BASE | {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
+UNGATED = DEEP_MLP | {"mlp_bias": True}
+"""That the C++ product cannot gate."""
 MANY_HEADS = BASE | {
     "vocab_size": 1000,
     "hidden_size": 512,
@@ -65,6 +67,8 @@ SHAPES = [
     pytest.param((DEEP_MLP, "bfloat16", ("cpu", "cpu"), 8, 2048, 1), marks=pytest.mark.compiler),
     pytest.param((MANY_HEADS, "float32", ("cpu", "cpu"), 16, 1024, 1), marks=pytest.mark.compiler),
     pytest.param((LARGE_VOCABULARY, "bfloat16", ("cpu", "cpu"), 64, 256, 1), marks=pytest.mark.compiler),
+    pytest.param((MANY_HEADS, "bfloat16", ("cpu", "cpu"), 16, 1024, 1), marks=pytest.mark.compiler),
+    pytest.param((UNGATED, "bfloat16", ("cpu", "cpu"), 8, 2048, 1), marks=pytest.mark.compiler),
 ]
 IN_8_BITS = [
     (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 1, "int8"),
@@ -87,7 +91,7 @@ def compare(config, dtype, kernels, seqs, tokens, tensor, quantization=None):
         num_blocks=65,
     )
     mesh = make_mesh(options, 0)
-    model = LoadedModel(config, mesh, jnp.dtype(dtype), Kernels(*kernels), quantization)
+    model = LoadedModel(config, mesh, jnp.dtype(dtype), Kernels(*kernels, sampler=kernels[1]), quantization)
     budget = fit(options, model, memory_of(options, mesh.devices.flat[0]))
     programs = Programs(model, budget.shapes, 4, compilation.Counts())
     programs.compile_largest()

@@ -42,8 +42,8 @@ def answers(model, **more) -> list[tuple[list[int], list[float]]]:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_linear_weights_are_kept_in_8_bits_and_nothing_else(model_dir, kernels):
     checkpoint = open_checkpoint(model_dir)
-    args = checkpoint.config, make_mesh(EngineConfig(), 0), "bfloat16", Kernels(**kernels), "int8"
-    model = LoadedModel(*args)
+    mesh, chosen = make_mesh(EngineConfig(), 0), Kernels(**kernels, sampler="xla")
+    model = LoadedModel(checkpoint.config, mesh, "bfloat16", chosen, "int8")
     model.load(checkpoint)
     held = dict(zip(model._leaves, map(np.asarray, model.weights), strict=True))
     small = {path for path, value in held.items() if value.dtype.itemsize == 1}

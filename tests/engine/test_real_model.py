@@ -138,8 +138,8 @@ def test_it_knows_the_capital_of_france(engine, prompts):
 
 
 KERNELS = [
-    pytest.param(Kernels(attention="xla", matmul="xla"), id="xla"),
-    pytest.param(Kernels(attention="cpu", matmul="cpu"), id="cpu", marks=pytest.mark.compiler),
+    pytest.param(Kernels("xla", "xla", "xla"), id="xla"),
+    pytest.param(Kernels("cpu", "cpu", "cpu"), id="cpu", marks=pytest.mark.compiler),
 ]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.engine.sampling import RowParams, _first_above, _quantile, filtered, sample, uniform
+from jaxserve.pallas_kernels.sampling import cpu
 from jaxserve.sampling_params import MAX_LOGPROBS
 
 OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "sample_index": 0}
@@ -274,6 +275,35 @@ def test_a_quantile_at_the_very_end_stays_among_the_kept():
     index = jax.jit(_quantile)(jnp.array(weights), u)
     assert index.tolist()[1:] == [3, 0] and weights[0, index[0]] > 0
     assert jax.jit(_quantile)(jnp.array(weights), jnp.ones(3))[1] == 3
+
+
+@pytest.mark.compiler
+def test_cpp_stays_among_the_kept_at_the_very_end():
+    logits = random_logits(3, 1000)
+    logits[0, 700:], logits[1, :], logits[1, 3] = -np.inf, -np.inf, 0.0
+    p = params([{}, {}, {"top_k": 2}])
+    last = jnp.full(3, np.float32(1 - 2**-24))
+    tokens = cpu.sample(jnp.asarray(logits), p.temperature, p.top_p, p.min_p, p.top_k, last).tolist()
+    assert tokens[0] < 700 and tokens[1] == 3 and tokens[2] in np.argsort(logits[2])[-2:]
+
+
+@pytest.mark.compiler
+def test_logprobs_of_fewer_tokens_than_are_told():
+    logits = np.full((1, 300), -np.inf, np.float32)
+    logits[0, [7, 0, 250]] = 3.0, 1.0, 2.0
+    ours, xla = (draw_with(each, logits, [{"temperature": 0.0}], "full") for each in ("cpu", "xla"))
+    assert ours.top_tokens.tolist() == xla.top_tokens.tolist()
+    np.testing.assert_allclose(ours.top_logprobs, xla.top_logprobs, atol=1e-5)
+
+
+@pytest.mark.compiler
+def test_one_logit_far_below_changes_nothing():
+    logits = random_logits(64, 5000)
+    logits[:, 4999] = -60.0
+    rows = [{"top_p": 0.8, "seed": i} for i in range(64)]
+    before = draw_with("cpu", logits, rows).tokens.tolist()
+    logits[:, 4999] = -1e9
+    assert draw_with("cpu", logits, rows).tokens.tolist() == before
 
 
 @pytest.mark.parametrize(("goal", "index"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.99, 3), (1.0, 3), (2.0, 3)])

@@ -74,7 +74,7 @@ RUN = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
 
 def test_values_are_computed_within_bounds(sanitized_home):
     chosen = "cpu and (padded or everything or bits or head or block or float or every_bit)"
-    chosen += " or random_layers or (test_sampling and (cpu or cpp) and not frequencies)"
+    chosen += " or random_layers or test_gated or (test_sampling and (cpu or cpp) and not frequencies)"
     tests = str(HERE), str(HERE.parent / "engine" / "test_sampling.py")
     # -s: what a sanitizer says as it ends the process would stay in pytest's capture
     done = run_sanitized(sanitized_home, RUN, "-qs", "-p", "no:cacheprovider", "-k", chosen, *tests)

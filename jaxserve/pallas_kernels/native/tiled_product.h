@@ -269,7 +269,7 @@ void with_activation(Gate gate, const Body& body) {
       });
     case Gate::kGeluTanh:
       return body([](Floats x) { return 0.5f * x * (1.0f + tanh(0.79788456f * fused(0.044715f * x * x, x, x))); });
-    case Gate::kRelu: return body([](Floats x) { return larger(x, Floats{}); });
+    case Gate::kRelu: return body([](Floats x) { return larger(Floats{}, x); });
   }
 }
 

@@ -1,8 +1,9 @@
 """Paged attention: one seam, several implementations with the same contract.
 
-    paged_attention(q, k, v, pool, meta, ...) -> (out, pool)
+    paged_attention(q, k, v, pool, meta, rotation, ...) -> (out, pool)
 
-writes this step's keys and values into the pool, then attends. `reference.py` is the specification.
+turns queries and keys, writes this step's keys and values into the pool, then attends. `reference.py` is the
+specification.
 """
 
 from typing import Literal, NamedTuple

@@ -204,8 +204,10 @@ class Context {
     });
     for (int64_t i = 0; i < value_parts_; ++i) {
       keys_[i].steps.ahead = values_[i].cells;
-      const int64_t block = next.split * kSplit / pool_.block_size + i;
-      if (next.tile && block * pool_.block_size < next.tile->end_pos())
+      if (!next.tile) continue;
+      const int64_t begin = std::max(next.split * kSplit, b.first_visible(next.tile->first_pos));
+      const int64_t block = begin / pool_.block_size + i;
+      if (block * pool_.block_size < next.tile->end_pos())
         values_[i].ahead = pool_.keys(b.tables[next.tile->seq * b.table_width + block], next.tile->kv_head);
     }
     if (whole == used.end) return;

@@ -29,8 +29,8 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, rotation, *, dtype, scal
     """See the seam, `paged_attention/__init__.py`. The output of padding rows is 0.
 
     Where `dtype` is not float32, softmax weights may be rounded to it before they multiply values, and q may
-    not be rounded. The bits of a row depend only on its query, its context and the options, however the batch
-    is made up.
+    not be rounded; k and v are rounded once, to the pool's type. The bits of a row depend only on its query,
+    its context and the options, however the batch is made up.
     """
     if pool.dtype.itemsize == 2 and (pool.shape[3] % 2 or pool.shape[4] % 2):
         size, dim = pool.shape[3:]

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "functions.h"
@@ -161,6 +163,7 @@ void filter(const Row& row, const Filters& f, float temperature, std::vector<flo
     floor = std::max(floor, threshold(row, floor, f.top_k));
   drop();
   if (f.top_p < 1.0f) {
+    floor = std::max(floor, row.top - 88.0f * temperature);  // what is below weighs nothing, but would spread buckets
     double total = 0;
     for (size_t i = 0; i < weights.size(); i += kGroup) total += sum(&weights[i], kGroup);
     floor = std::max(floor, threshold(row, floor, f.top_p * total, [&](int64_t i) { return weights[i]; }));
@@ -225,10 +228,13 @@ void logprobs(const Row& row, int64_t token, int64_t top, const Likelihood& to) 
   const auto likelier = [&](int32_t a, int32_t b) {
     return row.logits[a] != row.logits[b] ? row.logits[a] > row.logits[b] : a < b;
   };
-  const int64_t found = std::min<int64_t>(top, ids.size());
+  const auto found = std::min<int64_t>(top, ids.size());
   std::partial_sort(ids.begin(), ids.begin() + found, ids.end(), likelier);
+  // if there are too few, the first of all others follow
+  for (int32_t id = 0; int64_t(ids.size()) < top; ++id)
+    if (!(row.logits[id] > -kInfinity)) ids.push_back(id);
   for (int64_t i = 0; i < top; ++i) {
-    to.ids[i] = i < found ? ids[i] : 0;  // of a row that has numbers there are enough
+    to.ids[i] = ids[i];
     to.logprobs[i] = i < found ? row.logits[ids[i]] - log : -kInfinity;
   }
 }

@@ -50,6 +50,16 @@ def test_far_from_zero_a_gate_is_open_or_shut():
     np.testing.assert_allclose(one, apart, rtol=2e-6, atol=1e-28)
 
 
+@pytest.mark.parametrize("activation", GATES)
+def test_what_is_no_number_stays_none(activation):
+    """nan"""
+    gate, up = np.eye(16, dtype=np.float32), np.ones((16, 16), np.float32)
+    x = np.ones((2, 16), np.float32)
+    x[1, 3] = np.nan
+    one, _ = both(x, np.concatenate([gate, up]), np.float32, activation)
+    assert np.isfinite(one[0]).all() and np.isnan(one[1]).all()
+
+
 def test_rows_of_padding_are_zeros():
     x, w = operands(6, 64, 32)
     x[4:] = np.nan

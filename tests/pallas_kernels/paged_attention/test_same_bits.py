@@ -12,6 +12,7 @@ from jaxserve.pallas_kernels.paged_attention import (
     PLAIN,
     Masking,
     PoolShape,
+    Rotation,
     paged_attention,
     ragged_meta,
 )
@@ -30,11 +31,13 @@ class Layer:
     masking: Masking = PLAIN
     sinks: bool = False
     alibi: bool = False
+    rotary: bool = False
 
 
 LAYERS = [
     Layer(),
     Layer(dtype=jnp.bfloat16),
+    Layer(dtype=jnp.bfloat16, rotary=True),
     Layer(heads=14, masking=Masking(window=100), sinks=True),
     Layer(heads=2, dim=64, masking=Masking(soft_cap=5.0), alibi=True),
 ]
@@ -54,6 +57,8 @@ class Sequences:
         per_head = jnp.linspace(0.1, 0.5, layer.heads)
         options = {"sinks": per_head if layer.sinks else None, "alibi": per_head if layer.alibi else None}
         options |= {"masking": layer.masking, "scale": layer.dim**-0.5}
+        angles = rng.uniform(0, 6, (LENGTH, layer.dim // 2)).astype(np.float32)
+        self.rotation = Rotation(jnp.cos(angles), jnp.sin(angles)) if layer.rotary else None
         self.attend = jax.jit(partial(paged_attention, implementation="cpu", **options))
 
     def run(self, steps, seed: int) -> dict[tuple[int, int], bytes]:
@@ -70,7 +75,8 @@ class Sequences:
             meta = ragged_meta(tables, jnp.asarray(starts), jnp.asarray(lens), int(lens.sum()) + padding)
             rows = [(s, p) for s, start, n in pieces for p in range(start, start + n)]
             at = tuple(np.array([*rows, *[(0, 0)] * padding]).T)
-            out, pool = self.attend(self.q[at], self.k[at], self.v[at], pool, meta)
+            rotation = self.rotation and Rotation(*(part[at[1]] for part in self.rotation))
+            out, pool = self.attend(self.q[at], self.k[at], self.v[at], pool, meta, rotation)
             bits |= {row: x.tobytes() for row, x in zip(rows, np.asarray(out), strict=False)}
         return bits
 
