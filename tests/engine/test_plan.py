@@ -205,6 +205,7 @@ def test_programs_are_compiled_for_a_device_that_is_not_here(name, package, mode
 
 PEAK = """
 import sys
+import threading
 from jaxserve import Engine, SamplingParams
 from jaxserve.config import EngineConfig
 from jaxserve.engine.plan import make_plan
@@ -214,6 +215,9 @@ plan = make_plan(EngineConfig(**options)).host if sys.argv[1] == "plan" else 0
 if not plan:
     with Engine(**options) as engine:
         engine.wait_until_warm()
+        for thread in threading.enumerate():
+            if thread.name == "memory":
+                thread.join()  # the whole pool is taken
         params = SamplingParams(temperature=1.0, max_tokens=64, ignore_eos=True, logprobs=1)
         engine.generate([[i] * 200 for i in range(1, 17)], params, use_progress=False)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
