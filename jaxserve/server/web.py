@@ -13,6 +13,9 @@ from jaxserve.server.state import ServerState
 
 FLUSH_SECONDS = 3
 """For the last bytes of responses, once the engine is closed."""
+IDLE_SECONDS = 75
+"""Of a connection until it is closed: later than clients and proxies do, or their next request might meet the
+closing."""
 
 
 def make_server(config: ServerConfig, state: ServerState) -> uvicorn.Server:
@@ -27,6 +30,7 @@ def make_server(config: ServerConfig, state: ServerState) -> uvicorn.Server:
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
     )

@@ -1,6 +1,7 @@
 """Starting, losing clients, losing the engine, and ending."""
 
 import asyncio
+import http.client
 import json
 import os
 import resource
@@ -28,6 +29,19 @@ def stream(server, **fields):
 
 def next_event(lines):
     return next(line for line in lines if line.startswith("data: "))
+
+
+def test_a_connection_may_be_idle_for_longer_than_clients_keep_one(server):
+    """uvicorn's own five seconds are what several clients keep one for: some requests met the closing."""
+    url = server.http.base_url
+    connection = http.client.HTTPConnection(url.host, url.port)
+    for pause in (0, 6):
+        time.sleep(pause)
+        sock = connection.sock
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() is not None
+    assert connection.sock is sock is not None
+    connection.close()
 
 
 @pytest.fixture
