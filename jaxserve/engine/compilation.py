@@ -102,8 +102,8 @@ class Shelf:
             if hashlib.sha256(body).digest() != content[:32]:
                 raise ValueError("it is not what was written")
             targets, payload, trees = pickle.loads(body)
-            for kernel, symbol in targets:
-                native.target(kernel, symbol)
+            for source, number, symbol in targets:
+                native.target(native.Kernel(PACKAGE / source, number), symbol)
             program = serialize_executable.deserialize_and_load(
                 payload, trees[0], trees[1], self._devices[0].client, self._devices
             )
@@ -120,7 +120,12 @@ class Shelf:
         path = self._path(name)
         try:
             payload, *trees = serialize_executable.serialize(program)
-            body = pickle.dumps((native.targets_in(text), payload, trees))
+            # installed elsewhere, the same sources make the same programs
+            targets = [
+                (os.path.relpath(kernel.source, PACKAGE), kernel.number, symbol)
+                for kernel, symbol in native.targets_in(text)
+            ]
+            body = pickle.dumps((targets, payload, trees))
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 made = Path(scratch) / path.name
