@@ -76,7 +76,7 @@ def sample(
         u = jnp.zeros_like(params.temperature)
         params = params._replace(temperature=u)
     else:
-        u = uniform(params.seed, params.sample_index, positions)
+        u = uniform(params.seed, params.sample_index, positions, implementation)
     if implementation == "cpu":
         from jaxserve.pallas_kernels.sampling import cpu
 
@@ -113,8 +113,14 @@ def _groups(x: jax.Array, filler: float = 0.0) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -columns % LANES)), constant_values=filler).reshape(rows, -1, LANES)
 
 
-def uniform(seed: jax.Array, sample_index: jax.Array, positions: jax.Array) -> jax.Array:
+def uniform(
+    seed: jax.Array, sample_index: jax.Array, positions: jax.Array, implementation: Implementation = "xla"
+) -> jax.Array:
     """float32 [R] in [0, 1), a function of each row's seed, sample index and position alone."""
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.sampling import cpu
+
+        return cpu.uniform(seed, sample_index, positions)
 
     def one(words: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.key(0, impl="threefry2x32")

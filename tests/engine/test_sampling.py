@@ -216,6 +216,16 @@ def test_streams_differ_by_seed_index_and_position():
 
 
 @pytest.mark.compiler
+def test_cpp_has_the_uniform_numbers_of_jax_random_to_the_bit():
+    rng = np.random.default_rng(8)
+    seed = jnp.asarray(rng.integers(0, 2**32, (500, 2), np.uint32)).at[0].set(0)
+    index = jnp.asarray(rng.integers(0, 5, 500), jnp.int32)
+    position = jnp.asarray(rng.integers(0, 2**31, 500), jnp.int32)
+    ours, jaxs = (np.asarray(uniform(seed, index, position, each)) for each in ("cpu", "xla"))
+    assert ours.tobytes() == jaxs.tobytes()
+
+
+@pytest.mark.compiler
 @pytest.mark.parametrize("spread", [0.01, 3.0, 40.0])
 def test_cpp_draws_what_xla_draws(spread):
     """From the same uniform numbers; but for those that rounding moves from one token to its neighbour."""

@@ -14,6 +14,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "threefry.h"
 #include "vector.h"
 
 namespace ffi = xla::ffi;
@@ -241,6 +242,20 @@ void logprobs(const Row& row, int64_t token, int64_t top, const Likelihood& to) 
 
 using Numbers = ffi::Buffer<ffi::F32>;
 using Indices = ffi::Buffer<ffi::S32>;
+using Seeds = ffi::Buffer<ffi::U32>;
+
+ffi::Error uniform_handler(Seeds seeds, Indices sample_indices, Indices positions, ffi::Result<Numbers> u) {
+  const int64_t rows = seeds.dimensions()[0];
+  for (int64_t i = 0; i < rows; ++i) {
+    Key key;
+    const uint32_t* seed = seeds.typed_data() + 2 * i;
+    for (const uint32_t word :
+         {seed[0], seed[1], uint32_t(sample_indices.typed_data()[i]), uint32_t(positions.typed_data()[i])})
+      key = fold_in(key, word);
+    u->typed_data()[i] = uniform(key);
+  }
+  return ffi::Error::Success();
+}
 
 ffi::Error sample_handler(ffi::ThreadPool pool, Numbers logits, Numbers temperature, Numbers top_p, Numbers min_p,
                           Indices top_k, Numbers u, ffi::Result<Indices> tokens) {
@@ -269,6 +284,12 @@ ffi::Error logprobs_handler(ffi::ThreadPool pool, Numbers logits, Indices tokens
 }  // namespace
 }  // namespace jaxserve
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(uniform, jaxserve::uniform_handler,
+                              ffi::Ffi::Bind()
+                                  .Arg<jaxserve::Seeds>()
+                                  .Arg<jaxserve::Indices>()
+                                  .Arg<jaxserve::Indices>()
+                                  .Ret<jaxserve::Numbers>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sample, jaxserve::sample_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -10,6 +10,14 @@ from jaxserve.pallas_kernels import native
 KERNEL = native.Kernel(Path(__file__).with_name("cpu.cc"))
 
 
+def uniform(seed: jax.Array, sample_index: jax.Array, positions: jax.Array) -> jax.Array:
+    """float32 [R] in [0, 1), of uint32 [R, 2], int32 [R] and int32 [R]: the bits that jax.random gives."""
+    call = jax.ffi.ffi_call(
+        native.target(KERNEL, "uniform"), jax.ShapeDtypeStruct(positions.shape, jnp.float32)
+    )
+    return call(seed, sample_index, positions)
+
+
 def sample(
     logits: jax.Array,
     temperature: jax.Array,
