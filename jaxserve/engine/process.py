@@ -90,6 +90,8 @@ def _engine_core(config: EngineConfig) -> Core:
     from jaxserve.engine.core import EngineCore  # heartbeats go out while jax is imported
 
     core = EngineCore(config)
+    gc.freeze()
+    gc.enable()
     threading.Thread(target=_freeze_when_warm, args=(core,), name="freeze", daemon=True).start()
     return core
 
@@ -115,6 +117,7 @@ def _read(sock: socket.socket, loop: CoreLoop) -> None:
 def main(argv: list[str], factory: Callable[[EngineConfig], Core] = _engine_core) -> None:
     """`argv`: file descriptor of the socket, replica, log level, and the EngineConfig as JSON."""
     _end_with_parent()
+    gc.disable()  # all that is imported and traced stays: the collector would look through it again and again
     fd, replica, log_level, options = argv
     config = msgspec.json.decode(options, type=EngineConfig)
     logging.basicConfig(
