@@ -116,15 +116,14 @@ class EngineCore:
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
         self._step_stats = StepStats()
-        self._moved = threading.Event()
         self._begin_to_arrange()
 
     def _begin_to_arrange(self) -> None:
         """Arrange the memory of weights and pools as they are now, in the background, until they move."""
+        self._moved = threading.Event()
         if not self._on_host or self.model.mesh.size > 1:
             return
         weights, pools = ([_place(array) for array in held] for held in (self.model.weights, self._kv))
-        self._moved = threading.Event()
         args = weights, pools, self._moved
         threading.Thread(target=self._arrange_memory, args=args, name="memory", daemon=True).start()
 
