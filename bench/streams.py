@@ -87,6 +87,11 @@ def report(work: dict[str, Any], direct: dict[str, float], seen: dict[str, float
         "HTTP process, us per token": seen["http"] * per_token,
         "client, us per token": seen["client"] * per_token,
         "last first token after, ms": seen["first"] * 1e3,
+        **{
+            f"{side}, {name}": figures[key] * scale
+            for side, figures in (("Engine.generate", direct), ("HTTP", seen))
+            for name, key, scale in (("steps", "steps", 1), ("device idle, ms", "idle", 1e3))
+        },
     }
 
 
@@ -159,7 +164,14 @@ class Server:
             "http": cpu_seconds(self._process.pid),
             "engine": cpu_seconds(self._engine),
             "main": cpu_seconds(self._engine, thread=self._engine),
+            "steps": self._metric("steps_total"),
+            "idle": self._metric("device_idle_seconds_total"),
         }
+
+    def _metric(self, name: str) -> float:
+        with urllib.request.urlopen(self._url + "/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"jaxserve:{name}{{"))
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(self._url + path) as answer:
@@ -241,10 +253,14 @@ def generate(options: dict[str, Any]) -> None:
     for line in sys.stdin:
         work = json.loads(line)
         params = SamplingParams(temperature=0.0, max_tokens=work["output"], ignore_eos=True)
+        before = engine.stats()
         spent, main, begin = time.process_time(), time.thread_time(), time.perf_counter()
         engine.generate(work["prompts"], params, use_progress=False)
         seconds = time.perf_counter() - begin
         taken = {"seconds": seconds, "all": time.process_time() - spent, "main": time.thread_time() - main}
+        after = engine.stats()
+        for name, key in (("steps", "steps"), ("idle", "device_idle_seconds")):
+            taken[name] = after[key] - before[key]
         print(json.dumps(taken), flush=True)
     engine.close()
 
