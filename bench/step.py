@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256, help="tokens before")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    if args.steps < 3:
+        parser.error("--steps: the first and the last are not counted, so at least 3")
     with Engine(enable_prefix_caching=False, max_model_len=2 * args.context) as engine:
         engine.wait_until_warm()
         for count in args.sequences:
