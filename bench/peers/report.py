@@ -99,7 +99,9 @@ def spread(values: Iterable[float]) -> Spread | None:
 def markdown(results: Results, notes: dict[str, str]) -> str:
     """Both tables, what failed and what must be said, for a terminal and for the docs."""
     speed = [m for m in SPEED if any(results.values(OURS, m, n) for n in results.sequences)]
-    lines = _table(results, speed, [(peer, n) for n in sorted(results.sequences) for peer in results.peers])
+    pairs = [(peer, n) for n in sorted(results.sequences) for peer in results.peers]
+    measured = [(peer, n) for peer, n in pairs if any(results.values(peer, m, n) for m in speed)]
+    lines = _table(results, speed, measured)
     whole = [m for m in WHOLE if any(results.values(peer, m) for peer in results.peers)]
     lines += ["", *_table(results, whole, [(peer, None) for peer in results.peers])]
     lines += [""] + [f"- {peer}: {notes[peer]}" for peer in results.peers if peer in notes]
