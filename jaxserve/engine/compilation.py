@@ -188,7 +188,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     for pattern in TRACED:
         for path in sorted(PACKAGE.glob(pattern)):
-            if path.suffix in (".py", ".cc", ".h"):
+            if path.suffix in (".py", ".cc", ".h", ".json"):
                 digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

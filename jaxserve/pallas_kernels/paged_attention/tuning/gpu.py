@@ -1,8 +1,11 @@
-"""Which variant of the GPU kernel runs for which static facts; `docs/kernels.md` has the figures."""
+"""Which variant of the GPU kernel runs for which static facts: what was measured on such a device
+(`measured.py`), or what arithmetic says; `docs/kernels.md` has the figures."""
 
 from typing import Literal, NamedTuple
 
 from jax.experimental import pallas as pl
+
+from jaxserve.pallas_kernels.paged_attention.tuning.measured import current, merged
 
 FILLED = 264
 """Programs that fill the device: two on each of an H200's 132 multiprocessors."""
@@ -35,7 +38,7 @@ TABLE = {
 
 def variant(kind: Literal["rows", "tiles"], group: int, head_dim: int, itemsize: int) -> Variant:
     """For tiles of one query row or of many; `group` query heads share a KV head of `head_dim` numbers."""
-    for (of_kind, size, largest), found in TABLE.items():
+    for (of_kind, size, largest), found in merged("gpu", TABLE).items():
         if (of_kind, size) == (kind, itemsize) and head_dim <= largest:
             return found._replace(block_m=max(found.block_m, pl.next_power_of_2(group)))
     raise ValueError(
@@ -46,5 +49,5 @@ def variant(kind: Literal["rows", "tiles"], group: int, head_dim: int, itemsize:
 
 def num_splits(programs: int, longest_context: int, tile: int) -> int:
     """Splits of the context, a power of two, that fill the device with `programs` for each."""
-    wanted = min(FILLED // programs, longest_context // tile, MAX_SPLITS)
+    wanted = min((current().filled or FILLED) // programs, longest_context // tile, MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
