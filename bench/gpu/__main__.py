@@ -33,11 +33,11 @@ from bench.gpu.job import ROOT, ROWS, Job, append
 SECTIONS = {
     "ceilings": 25,
     "check": 85,
-    "engine": 260,
+    "engine": 245,
     "restart": 45,
-    "kernels": 75,
+    "kernels": 70,
     "torch_kernels": 25,
-    "peers": 40,
+    "peers": 60,
     "plots": 15,
 }
 """What runs, and for how many seconds: each has its share of the time that is left."""

@@ -14,7 +14,7 @@ def run(job: Job) -> None:
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     job.emit(device=device.device_kind, jax=jax.__version__, GiB=memory / 2**30)
-    size, side = (2**20, 256) if job.dry else (2**31, 8192)
+    size, side = (2**20, 256) if job.dry else (2**30, 8192)
     x = normal(0, size)
 
     def copy(x, i):

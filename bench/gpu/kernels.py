@@ -13,7 +13,7 @@ from jaxserve.pallas_kernels.paged_attention.tuning.measure import CALLS, Heads,
 from jaxserve.pallas_kernels.timing import seconds_per_call
 
 HEADS = Heads(32, 8, 128)
-DECODES = [Work(n, 1, c - 1) for c in (4096, 1024) for n in (32, 1, 8, 64, 128, 256)]
+DECODES = [Work(n, 1, c - 1) for c in (4096, 1024) for n in (32, 1, 8, 64, 128, 256) if n * c <= 2**19]
 PREFILLS = [Work(1, 2048, 0), Work(1, 8192, 0), Work(8, 1024, 0), Work(1, 2048, 6144)]
 WORKS = [*DECODES, Work(1, 1, 32767), *PREFILLS]
 DRY_HEADS = Heads(4, 2, 16)
@@ -26,7 +26,7 @@ TOGETHER = 6
 
 def run(job: Job) -> None:
     heads = DRY_HEADS if job.dry else HEADS
-    layers = Layers(heads, *((1024, 1) if job.dry else (256 * 4096, 8)), interpret=job.dry)
+    layers = Layers(heads, *((1024, 1) if job.dry else (2**19, 8)), interpret=job.dry)
     with ThreadPoolExecutor(8) as threads:
         todo = works(job)
         for i in range(0, len(todo), TOGETHER):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.gpu.job import Job
+from bench.gpu.job import Job, reason
 from bench.gpu.report import OURS, Results, Row
 
 if TYPE_CHECKING:
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> None:
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        return job.emit(absent=reason(error))
     results = Results.read(Path(job.out))
     for name, width, height, draw in PLOTS:
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -35,7 +37,7 @@ def roofline(results: Results, figure: Any) -> None:
             _roof(axis, results.copy / 1e3, results.matmul)
         axis.set(xscale="log", yscale="log", xlabel="operations per byte", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="lower right")
+        _legend(axis, loc="lower right")
     left.set_ylabel("TFLOP/s")
 
 
@@ -73,7 +75,7 @@ def attention(results: Results, figure: Any) -> None:
         axis.axhline(1, color="k", lw=1)
         axis.set(title=f"contexts of {context:,}", ylim=(0, None))
         axis.set_ylabel("part of the ceiling" if context == contexts[0] else "")
-        axis.legend(fontsize="small")
+        _legend(axis)
 
 
 def engine(results: Results, figure: Any) -> None:
@@ -103,9 +105,14 @@ def engine(results: Results, figure: Any) -> None:
         right.plot(xs, [row["tokens_per_s"] for row in peers], "x--", color="C7", label=label)
     for axis in left, right:
         _counted(axis, sorted({row["sequences"] for row in rows + peers}))
-        axis.legend(fontsize="small")
+        _legend(axis)
     left.set(title="a decode step, ms", ylim=(0, None))
     right.set(title="tokens/s", yscale="log")
+
+
+def _legend(axis: "Axes", **where: str) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small", **where)
 
 
 def _counted(axis: "Axes", counts: list[int]) -> None:

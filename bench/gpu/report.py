@@ -261,7 +261,10 @@ def _others(results: Results) -> str:
 def _sections(results: Results) -> str:
     lines = [[row["of"], row["status"], f"{row['seconds']:.0f} s"] for row in results.of("run", "status")]
     absent = {
-        (row.get("by") or row.get("peer") or row["section"], row["absent"])
+        (
+            row.get("by") or row.get("peer") or f"{row['section']} {row.get('decode', '')}".strip(),
+            row["absent"],
+        )
         for row in results.rows
         if "absent" in row
     }

@@ -106,6 +106,18 @@ def test_a_report_of_nothing():
     assert "not measured" in markdown(Results([]))
 
 
+def test_plots_are_drawn_of_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.gpu import plots
+
+    for rows in ROWS, []:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plots.run(Job("plots", str(tmp_path), str(tmp_path), 0.0, 0.0, True, "auto"))
+        for name in "roofline", "attention", "engine":
+            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            (tmp_path / f"{name}.png").unlink()
+
+
 def play(tmp_path, monkeypatch, source, seconds):
     """Sections are processes that run this."""
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "here" / "__main__.py"))
@@ -113,6 +125,11 @@ def play(tmp_path, monkeypatch, source, seconds):
     (tmp_path / "here" / "__main__.py").write_text(source)
     job = Job("ceilings", str(tmp_path), str(tmp_path), time.time(), seconds, True, "auto")
     return gpu.run(job)
+
+
+def state(stat):
+    """Of a process, X when it is gone."""
+    return stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else "X"
 
 
 def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path, monkeypatch):
@@ -123,9 +140,11 @@ def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path, monkeypa
         f"pathlib.Path({str(note)!r}).write_text(str(child.pid))\n"
         "time.sleep(60)\n"
     )
-    assert play(tmp_path, monkeypatch, source, 3.0) == "stopped after 3 s"
-    stat = Path(f"/proc/{note.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+    assert play(tmp_path, monkeypatch, source, 4.0) == "stopped after 4 s"
+    stat, until = Path(f"/proc/{note.read_text()}/stat"), time.monotonic() + 20
+    while state(stat) not in "ZX":
+        assert time.monotonic() < until, "what the section started runs on"
+        time.sleep(0.1)
 
 
 def test_a_section_that_fails_is_quoted(tmp_path, monkeypatch):
@@ -135,6 +154,8 @@ def test_a_section_that_fails_is_quoted(tmp_path, monkeypatch):
 
 def test_all_limits_together_are_under_ten_minutes():
     assert sum(gpu.SECTIONS.values()) <= gpu.TOTAL < 590
+    docs = (ROOT / "docs/gpu.md").read_text()
+    assert all(f"| `{name}` | {seconds} |" in docs for name, seconds in gpu.SECTIONS.items())
 
 
 def bench(tmp_path, *argv):
@@ -147,7 +168,7 @@ def bench(tmp_path, *argv):
 
 def test_kernels_in_small(tmp_path):
     """Ceilings, attention and the report of it: each work by ours and by jax's, in processes of their own."""
-    done, rows = bench(tmp_path, "--sections", "ceilings", "kernels", "plots")
+    done, rows = bench(tmp_path, "--sections", "ceilings", "kernels")
     assert done.returncode == 0, done.stdout + done.stderr
     results = Results(rows)
     assert results.copy > 0 and results.matmul > 0
@@ -156,8 +177,8 @@ def test_kernels_in_small(tmp_path):
     assert all(row["by"] == "jax cudnn" or row["before"] for row in results.of("kernels", "absent"))
     assert all(results.of_ceiling(row) > 0 for row in results.of("kernels", "ms"))
     assert re.search(r"\| ceilings \| ok \|", done.stdout)
-    for name in ("gpu.json", "report.md", "roofline.png", "attention.png", "engine.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 500
+    cells = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert any(row.get("of_ceiling", 0) > 0 for row in cells["rows"]) and len(cells["goals"]) == 7
 
 
 def test_without_matplotlib_the_numbers_are_there(tmp_path, monkeypatch):
@@ -165,7 +186,7 @@ def test_without_matplotlib_the_numbers_are_there(tmp_path, monkeypatch):
     (tmp_path / "site/matplotlib.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     done, rows = bench(tmp_path, "--sections", "ceilings", "plots")
-    assert done.returncode == 1 and "ImportError: not here" in done.stdout
+    assert done.returncode == 0 and "- plots: ImportError: not here" in done.stdout
     assert len(Results(rows).of("ceilings", "rate")) == 3
     assert "| matmul |" in (tmp_path / "out/report.md").read_text()
 
