@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import AdmitLayout, Bucket, StepLayout
 from jaxserve.engine.compilation import Counts, Shelf, compiler_options, prune
@@ -79,14 +79,15 @@ class Programs:
         self._kernels = model.kernels
         self._mesh = model.mesh
         self._compiles = compiles
-        platform = model.mesh.devices.flat[0].platform
+        devices = _devices(model.mesh)
+        platform = devices[0].platform if devices else ""
         self._options = compiler_options(platform, model.dtype, deterministic)
         self._weights = model.abstract
         pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
         self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
         facts = (model.config, model.kernels, shapes, self._options, self._weights)
-        self._shelf = Shelf(list(model.mesh.devices.flat), *facts) if _are_here(model.mesh) else None
+        self._shelf = Shelf(devices, *facts) if _are_here(devices) else None
         self._forward: dict[Bucket, Any] = {}
         self._sample: dict[tuple[int, Variant], Any] = {}
         self._closed = threading.Event()
@@ -248,14 +249,17 @@ class Programs:
         if shelf and (program := shelf.get(name)) is not None:
             self._compiles.add("cache_hits")
             return program
-        out = NamedSharding(self._mesh, PartitionSpec()) if out is None else out
-        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*args)
+        lowered = self._jit(function, donate, out).lower(*args)
         program = lowered.compile(compiler_options=self._options)
         self._compiles.add("cache_misses")
         # what jax read from a cache of its own cannot be written again
         if shelf and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             shelf.put(name, program, lowered.as_text())
         return program
+
+    def _jit(self, function: Any, donate: tuple[int, ...], out: Any) -> Any:
+        out = NamedSharding(self._mesh, PartitionSpec()) if out is None else out
+        return jax.jit(function, donate_argnums=donate, out_shardings=out)
 
     def _array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return self._abstract(jax.ShapeDtypeStruct(shape, dtype))
@@ -280,9 +284,14 @@ def _shardings(state: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, state)
 
 
-def _are_here(mesh: Mesh) -> bool:
-    """Whether programs can run, and are not only made to see what they take."""
-    return all(device in jax.devices() for device in mesh.devices.flat)
+def _devices(mesh: Mesh | AbstractMesh) -> list[jax.Device]:
+    """None of a mesh that is only a shape: programs can be lowered for it, not compiled."""
+    return [] if isinstance(mesh, AbstractMesh) else list(mesh.devices.flat)
+
+
+def _are_here(devices: list[jax.Device]) -> bool:
+    """Whether programs can run, and are not only made to see what they are."""
+    return bool(devices) and all(device in jax.devices() for device in devices)
 
 
 def _module(function: Any) -> str:

@@ -5,7 +5,6 @@ Prints one JSON object, by model and mesh: what the engine generates, and what i
 
 import json
 import math
-import re
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxserve import Engine, SamplingParams
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.core import EngineCore
+from tests.hlo import collectives
 
 OPTIONS = {
     "dtype": "float32",
@@ -24,12 +24,6 @@ OPTIONS = {
 }
 PROMPTS = [np.random.default_rng(i).integers(0, 259, 3 + 9 * i).tolist() for i in range(10)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-COLLECTIVE = re.compile(
-    r" = (\S+|\(.*?\)) "
-    r"(all-reduce|all-gather|(?:ragged-)?all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
-)
-ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 
 
 def report(model: str, mesh: str) -> dict[str, Any]:
@@ -94,15 +88,6 @@ def program(core: EngineCore, bucket: Bucket) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
     }
-
-
-def collectives(hlo: str) -> list[tuple[str, list[int]]]:
-    """(operation, shape) of all that travels between devices, each array of a combined operation."""
-    return [
-        (operation, [int(size) for size in shape.split(",") if size])
-        for result, operation in COLLECTIVE.findall(hlo)
-        for shape in ARRAY.findall(result)
-    ]
 
 
 if __name__ == "__main__":

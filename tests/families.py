@@ -1,0 +1,37 @@
+"""A small model of every family, as programs: for what must hold of each that the registry will ever have."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.compilation import Counts
+from jaxserve.engine.devices import Memory, Platform
+from jaxserve.engine.kernels import PORTABLE
+from jaxserve.engine.memory import fit
+from jaxserve.engine.model import LoadedModel
+from jaxserve.engine.programs import Programs
+from jaxserve.models.registry import ARCHITECTURES
+
+FAMILIES = list(ARCHITECTURES)
+CONFIGS = Path(__file__).with_name("configs") / "small"
+"""Each architecture of the registry has a config here, with sizes that a mesh of four divides."""
+
+
+def config_of(family: str) -> dict:
+    return json.loads((CONFIGS / f"{family}.json").read_text())
+
+
+def programs_of(
+    family: str, platform: Platform, mesh: Mesh | AbstractMesh, kind: type[Programs] = Programs
+) -> Programs:
+    """The ladder of an engine for 16 sequences and 64 tokens; nothing is compiled."""
+    options = EngineConfig(
+        mesh=f"{mesh.size}x1", max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512, num_blocks=65
+    )
+    kernels = PORTABLE._replace(attention=platform.attention)
+    model = LoadedModel(config_of(family), mesh, jnp.bfloat16, kernels)
+    budget = fit(options, model, Memory(platform, "a device", 2**30, 0, "a gibibyte"))
+    return kind(model, budget.shapes, platform.smallest_decode, Counts())
