@@ -100,4 +100,6 @@ def take(w: jax.Array, rows: jax.Array, depth: int, implementation: Implementati
     """`[N, depth]`: rows of a weight `[out, depth]` as it is kept; numbers outside of it are clipped."""
     if implementation == "cpu":
         return tiles.take(w, rows, depth)
+    if len(rows) == 1:  # XLA would slice the row out, and to do that bring a sharded weight together
+        return w.at[jnp.repeat(rows, 2)].get(mode="clip")[:1]
     return w.at[rows].get(mode="clip")
