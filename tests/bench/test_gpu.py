@@ -174,7 +174,8 @@ def test_kernels_in_small(tmp_path):
     assert results.copy > 0 and results.matmul > 0
     timed = {(row["by"], row["rows"] > 1) for row in results.attention() if row.get("ms", 0) > 0}
     assert {(by, many) for by in ("gpu", "xla", "jax xla") for many in (False, True)} <= timed
-    assert all(row["by"] == "jax cudnn" or row["before"] for row in results.of("kernels", "absent"))
+    for row in results.of("kernels", "absent"):  # cuDNN and Hopper's kernel are for GPUs, and masks differ
+        assert row["by"] in ("jax cudnn", "mosaic") or (row["by"] == "jax xla" and row["before"])
     assert all(results.of_ceiling(row) > 0 for row in results.of("kernels", "ms"))
     assert re.search(r"\| ceilings \| ok \|", done.stdout)
     cells = json.loads((tmp_path / "out/gpu.json").read_text())
