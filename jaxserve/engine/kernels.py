@@ -63,11 +63,32 @@ def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
     platform = platform_of(mesh.devices.flat[0])
     cpu = platform.name == "cpu"
     attention: Any = config.attention
+    if attention == "mosaic" and (missing := _no_hopper(mesh)):
+        raise ConfigError(f"attention=mosaic cannot be had: {missing}")
     if attention == "auto":
         attention = "cpu" if cpu else platform.attention
     best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
     product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
     return Kernels(attention, product, sampler)
+
+
+def check_attention(kernels: Kernels, group: int, pool: paged_attention.PoolShape) -> None:
+    """Raises ConfigError where the attention that was asked for cannot serve a model's layers.
+
+    `group` query heads share a KV head, and `pool` is a layer's.
+    """
+    if kernels.attention == "mosaic":
+        from jaxserve.pallas_kernels.paged_attention import mosaic
+
+        if missing := mosaic.why_not(group, pool.head_dim, pool.block_size, pool.dtype, pool.storage):
+            raise ConfigError(f"attention=mosaic cannot serve this model: it {missing}; attention=gpu can")
+
+
+def _no_hopper(mesh: Mesh) -> str:
+    """Why a kernel for Hopper cannot be used; empty when it can."""
+    device = mesh.devices.flat[0]
+    capability: str = getattr(device, "compute_capability", "")
+    return "" if capability.startswith("9.") else f"it is for Hopper GPUs, and this is a {device.device_kind}"
 
 
 def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:

@@ -14,7 +14,7 @@ import msgspec
 
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.devices import CPU, GPU, TPU, Memory, gib
-from jaxserve.engine.kernels import Kernels
+from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Shapes, ladder
 from jaxserve.errors import ConfigError
@@ -24,6 +24,7 @@ from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul.tiles import OUTS
 from jaxserve.pallas_kernels.paged_attention import PoolShape
+from jaxserve.pallas_kernels.paged_attention.tuning import mosaic
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
 GRID = 64
@@ -107,6 +108,7 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
     """
     case = Case(config, model.config, model.shards, model.dtype, model.bytes, model.kernels)
     budget = _budget(case, memory)
+    check_attention(case.kernels, case.dims.heads(case.shards).q.shape[1], budget.shapes.pool)
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
     return budget
@@ -182,6 +184,9 @@ def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memor
     wanted = case.config.attention
     size = 4 if wanted == "cpu" else case.dtype.itemsize
     own = tokens * (4 * (q + 2 * kv) + size * (2 * q + kv))
+    if wanted == "mosaic":  # queries and outputs in tiles
+        tiles = tokens // mosaic.per_tile(layout.q.shape[1]) + rows
+        return own + 2 * size * tiles * mosaic.WARPGROUPS * mosaic.ROWS * kv
     if wanted == "cpu" or (memory.platform is GPU and wanted != "xla"):
         return own
     if wanted == "reference":  # gathers the whole context of every token

@@ -27,7 +27,7 @@ __all__ = [
     "read",
 ]
 
-Implementation = Literal["reference", "xla", "gpu", "cpu"]
+Implementation = Literal["reference", "xla", "gpu", "mosaic", "cpu"]
 
 
 class Masking(NamedTuple):
@@ -89,6 +89,10 @@ def paged_attention(
         from jaxserve.pallas_kernels.paged_attention import gpu
 
         out, pool = gpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
+    elif implementation == "mosaic":
+        from jaxserve.pallas_kernels.paged_attention import mosaic
+
+        out, pool = mosaic.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
     elif implementation == "reference":
         from jaxserve.pallas_kernels.paged_attention import reference
 

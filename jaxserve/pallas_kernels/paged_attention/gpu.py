@@ -2,15 +2,12 @@
 
 A program takes a tile of one sequence's query rows with all query heads of one KV head (together the M of
 the tensor core's products), and one split of the context those rows see. It reads the context page by
-page from the pool, which is passed whole and never sliced. Which rows a tile has is data (`_row_tiles`,
-`_query_tiles`), computed on the device from the meta alone, so XLA computes it once for all layers.
+page from the pool, which is passed whole and never sliced. Which rows a tile has is data (`tiles.py`).
 
 The Triton backend of Pallas is deprecated in newer releases of jax; everything that depends on it is here.
 """
 
-import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +17,15 @@ from jax.experimental.pallas import triton
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
 from jaxserve.pallas_kernels.paged_attention.pool import decode, write
+from jaxserve.pallas_kernels.paged_attention.tiles import (
+    LOG2E,
+    NEVER,
+    Tiles,
+    merge,
+    query_tiles,
+    row_tiles,
+)
 from jaxserve.pallas_kernels.paged_attention.tuning.gpu import Variant, num_splits, variant
-
-LOG2E = math.log2(math.e)
-NEVER = -1e30
-"""A logit that takes no part. Finite: the difference of two of them must not be NaN."""
-NO_ROW = 1 << 30
-"""First row of a tile that has none: past the end of every sequence."""
-
-
-class _Tiles(NamedTuple):
-    """int32 [tiles]: the sequence of each tile, and its first query row counted from the sequence's."""
-
-    seq: jax.Array
-    first: jax.Array
 
 
 def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks, alibi, interpret=False):
@@ -51,38 +43,18 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     )  # fmt: skip
     one = variant("rows", group, pool.shape[4], dtype.itemsize)
     splits = num_splits(singles * pool.shape[2], width * pool.shape[3], one.tile)
-    out = attend(q[:singles], _row_tiles(meta, singles), one, rows=1, splits=splits)
+    out = attend(q[:singles], row_tiles(meta, singles), one, rows=1, splits=splits)
     if rows == singles:
         return out, pool
     many = variant("tiles", group, pool.shape[4], dtype.itemsize)
     per_tile = max(1, many.block_m // group)
-    rest = attend(q, _query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
+    rest = attend(q, query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
     single = (meta.q_lens[:singles] == 1)[:, None, None]
     return rest.at[:singles].set(jnp.where(single, out, rest[:singles])), pool
 
 
-def _row_tiles(meta: AttentionMeta, singles: int) -> _Tiles:
-    """A tile for each of the first rows, with a row in it where a sequence has only that one."""
-    seq = jnp.arange(singles, dtype=jnp.int32)
-    return _Tiles(seq, jnp.where(meta.q_lens[:singles] == 1, 0, NO_ROW))
-
-
-def _query_tiles(meta: AttentionMeta, rows: int, per_tile: int) -> _Tiles:
-    """The rows of the sequences that have several, `per_tile` to a tile, and tiles without rows."""
-    seqs = meta.q_lens.shape[0]
-    tiles = jnp.where(meta.q_lens > 1, -(-meta.q_lens // per_tile), 0)
-    ends = jnp.cumsum(tiles)
-    t = jnp.arange(rows // per_tile + seqs, dtype=jnp.int32)  # as many as any batch needs
-    # compare_all: the default method becomes a while loop on a GPU
-    seq = jnp.searchsorted(ends, t, side="right", method="compare_all").astype(jnp.int32)
-    live = seq < seqs
-    seq = jnp.where(live, seq, 0)
-    first = (t - ends[seq] + tiles[seq]) * per_tile
-    return _Tiles(seq, jnp.where(live, first, NO_ROW).astype(jnp.int32))
-
-
 def _attend(
-    q, tiles: _Tiles, v: Variant, *, rows, splits, pool, meta, dtype, scale, masking, sinks, alibi, interpret
+    q, tiles: Tiles, v: Variant, *, rows, splits, pool, meta, dtype, scale, masking, sinks, alibi, interpret
 ):
     """out [N, heads, dim] of q's type in the rows that the tiles hold; undefined in others."""
     n, heads, dim = q.shape
@@ -105,14 +77,7 @@ def _attend(
         interpret=interpret,
         name=f"paged_attention_q{rows}_m{v.block_m}_t{v.tile}_s{splits}",
     )(*tiles, meta.starts, meta.q_lens, meta.q_rows, meta.block_tables, q, pool, *per_head)
-    return outs[0] if splits == 1 else _merge(*outs).astype(q.dtype)
-
-
-def _merge(acc, top, mass):
-    """float32 [N, heads, dim] from the splits' weighted sums, maxima (log2) and masses."""
-    share = jnp.exp2(top - top.max(axis=0))
-    mass = (mass * share).sum(axis=0)
-    return (acc * share[..., None]).sum(axis=0) / jnp.where(mass == 0.0, 1.0, mass)[..., None]
+    return outs[0] if splits == 1 else merge(*outs).astype(q.dtype)
 
 
 def _kernel(
