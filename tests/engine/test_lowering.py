@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxserve.engine.devices import CPU, GPU, TPU
 from jaxserve.engine.programs import VARIANTS, Programs
@@ -34,6 +34,7 @@ class Attention(NamedTuple):
 NONE = {"decode": 0, "mixed": 0}
 ATTENTION = {
     "gpu": Attention(r"custom_call @\S*triton", {"decode": 1, "mixed": 2}, NONE),
+    "tpu": Attention(r"custom_call @tpu_custom_call", {"decode": 2, "mixed": 2}, NONE),
     "xla": Attention(r"custom_call @\S*(?:triton|mosaic|tpu)", NONE, {"decode": 2, "mixed": 4}),
 }
 PLATFORMS = {"cuda": GPU, "tpu": TPU}
@@ -55,15 +56,10 @@ class Lowered(Programs):
 
 
 def mesh_of(platform: str, shards: int) -> AbstractMesh:
-    """Newer releases of jax ask which device a kernel is for."""
-    device: dict[str, Any] = {}
-    if jax.__version_info__ >= (0, 11):
-        from jax.sharding import AbstractDevice
-
-        kind, cores = DEVICES[platform]
-        name = PLATFORMS[platform].name
-        device["abstract_device"] = AbstractDevice(device_kind=kind, num_cores=cores, platform=name)
-    return AbstractMesh((shards,), ("tensor",), axis_types=(AxisType.Auto,), **device)
+    """With what kernels ask of a device."""
+    kind, cores = DEVICES[platform]
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=PLATFORMS[platform].name)
+    return AbstractMesh((shards,), ("tensor",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 @cache
