@@ -53,7 +53,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     overlap: Annotated[bool, about("plan and dispatch a step before the last one's tokens are read")] = True
     memory_fraction: Annotated[float, about("part of the device's memory the engine may use")] = 0.9
     attention: Annotated[
-        Literal["auto", "xla", "cpu", "gpu", "mosaic", "reference"],
+        Literal["auto", "xla", "cpu", "gpu", "mosaic", "tpu", "reference"],
         about("implementation of paged attention"),
     ] = "auto"
     matmul: Annotated[

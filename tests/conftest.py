@@ -26,6 +26,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             native.compiler()
         except native.NativeError as error:
             pytest.skip(str(error))
+    if marker := item.get_closest_marker("aot"):
+        from tests.aot import missing
+
+        if why := missing(*marker.args):
+            pytest.skip(why)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What programs for other devices became, as a table."""
+    from tests.aot import MADE, tables
+
+    if MADE:
+        terminalreporter.write_line(tables(MADE))
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +139,21 @@ def write_byte_tokenizer(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {"eos_token": SPECIAL[0], "chat_template": CHAT_TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels of TPUs in interpret mode: a masked store to a part of an array, which jax lacks."""
+    import jax.numpy as jnp
+    from jax.experimental.pallas import tpu as pltpu
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+
+    class Played:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pltpu, name)
+
+        @staticmethod
+        def store(ref: Any, value: Any, *, mask: Any) -> None:
+            ref[...] = jnp.where(mask, value, ref[...])
+
+    monkeypatch.setattr(kernel, "pltpu", Played())

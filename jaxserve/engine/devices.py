@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.errors import ConfigError
 from jaxserve.pallas_kernels.paged_attention import Implementation
+from jaxserve.pallas_kernels.paged_attention.tuning import tpu
 
 
 class Platform(NamedTuple):
@@ -30,7 +31,7 @@ class Platform(NamedTuple):
 
 CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
 GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
-TPU = Platform("tpu", 16, 256, 8192, 1, "xla", False)
+TPU = Platform("tpu", tpu.BLOCK_SIZE, 128, 8192, 8, "tpu", False)
 CGROUPS = [
     (f"/sys/fs/cgroup/{limit}", f"/sys/fs/cgroup/{used}")
     for limit, used in (

@@ -62,14 +62,29 @@ def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
     """What was asked for, or would be best."""
     platform = platform_of(mesh.devices.flat[0])
     cpu = platform.name == "cpu"
-    attention: Any = config.attention
+    attention = attention_for(config, platform)
     if attention == "mosaic" and (missing := _no_hopper(mesh)):
         raise ConfigError(f"attention=mosaic cannot be had: {missing}")
-    if attention == "auto":
-        attention = "cpu" if cpu else platform.attention
     best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
     product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
     return Kernels(attention, product, sampler)
+
+
+def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.Implementation:
+    """What was asked for, or would be best. Raises ConfigError for a TPU's kernel on another device."""
+    if config.attention == "tpu" and platform.name != "tpu":
+        raise ConfigError(f"attention=tpu cannot be had: it is for TPUs, and this is a {platform.name}")
+    best: Any = "cpu" if platform.name == "cpu" else platform.attention
+    attention: paged_attention.Implementation = best if config.attention == "auto" else config.attention
+    return attention
+
+
+def serving(kernels: Kernels, dtype: Any, head_dim: int) -> Kernels:
+    """These, with XLA's attention where the chosen one does not serve such heads."""
+    if missing := paged_attention.why_not(kernels.attention, dtype, head_dim):
+        log.warning("slower without the kernel for attention: %s", missing)
+        return kernels._replace(attention="xla")
+    return kernels
 
 
 def check_attention(kernels: Kernels, group: int, pool: paged_attention.PoolShape) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import msgspec
 
 from jaxserve.config import EngineConfig, parse_mesh
-from jaxserve.engine.devices import CPU, GPU, TPU, Memory, gib
+from jaxserve.engine.devices import CPU, GPU, TPU, Memory, Platform, gib
 from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Shapes, ladder
@@ -23,8 +23,8 @@ from jaxserve.models.layers.attention import HeadLayout
 from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul.tiles import OUTS
-from jaxserve.pallas_kernels.paged_attention import PoolShape
-from jaxserve.pallas_kernels.paged_attention.tuning import mosaic
+from jaxserve.pallas_kernels.paged_attention import PoolShape, pool_shape, why_not
+from jaxserve.pallas_kernels.paged_attention.tuning import mosaic, tpu
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
 GRID = 64
@@ -37,6 +37,8 @@ PROCESS_BYTES = {CPU: 330 * MIB, GPU: 2048 * MIB, TPU: 2048 * MIB}
 """Host memory of a process with a runtime and no engine. The CPU's is measured (docs/memory.md)."""
 FORWARD_BYTES = {"native": MIB, "xla": 11 * MIB // 4}
 """Host memory of a layer in a forward program for the CPU, by the kind of attention. Measured too."""
+TPU_LAYER = {"tpu": (2 * MIB, MIB), "xla": (8 * MIB, 5 * MIB)}
+"""Of a layer in a mixed and in a decode program on a TPU, by the kind of attention."""
 SAMPLE_BYTES = 2 * MIB
 """Of a sample program."""
 GPU_WORKSPACE = 64 * MIB
@@ -109,9 +111,29 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
     case = Case(config, model.config, model.shards, model.dtype, model.bytes, model.kernels)
     budget = _budget(case, memory)
     check_attention(case.kernels, case.dims.heads(case.shards).q.shape[1], budget.shapes.pool)
+    if config.attention == "tpu" and case.kernels.attention != "tpu":
+        missing = why_not("tpu", case.dtype, case.dims.head_dim)
+        raise ConfigError(f"attention=tpu cannot be had for this model: {missing}")
+    if case.kernels.attention == "tpu":
+        _check_tables(budget.shapes, budget.max_model_len)
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
     return budget
+
+
+def _check_tables(shapes: Shapes, length: int) -> None:
+    """Raises ConfigError where the block tables of a step are too large for a TPU's kernel."""
+    seqs, size = shapes.max_num_seqs, shapes.pool.block_size
+    need = tpu.table_bytes(seqs, shapes.table_width)
+    if need > tpu.TABLE_BYTES:
+        larger = tpu.default_block_size(seqs, length)
+        does = tpu.table_bytes(seqs, -(-length // larger)) <= tpu.TABLE_BYTES
+        raise ConfigError(
+            f"attention=tpu cannot be had: in blocks of {size} tokens the block tables of {seqs} sequences "
+            f"of {length} tokens take {gib(need)}, and a TPU has {gib(tpu.TABLE_BYTES)} for them; it would "
+            f"with {f'block_size={larger}, ' if does else ''}a smaller max_num_seqs or max_model_len, "
+            f"and attention=xla has no such limit"
+        )
 
 
 def _budget(case: Case, memory: Memory) -> Budget:
@@ -119,10 +141,11 @@ def _budget(case: Case, memory: Memory) -> Budget:
     length = _max_model_len(config, dims)
     seqs = config.max_num_seqs or platform.max_num_seqs
     tokens = max(config.max_num_batched_tokens or platform.max_num_batched_tokens, seqs)
-    size = config.block_size or platform.block_size
+    size = config.block_size or _block_size(case.kernels, platform, seqs, length)
     width = -(-length // size)
     heads = len(dims.heads(case.shards).kv)
     pool = PoolShape(0, heads, size, dims.head_dim, case.dtype, platform.kv_as_bits)
+    pool = pool_shape(pool, case.kernels.attention, case.shards)
     shapes = Shapes(seqs, tokens, width, dims.vocab_size, dims.num_hidden_layers, pool)
     budget = Budget(
         shapes,
@@ -137,6 +160,11 @@ def _budget(case: Case, memory: Memory) -> Budget:
     )
     count = config.num_blocks or _count(budget, config, seqs * width)
     return budget._replace(shapes=shapes._replace(pool=pool._replace(num_blocks=count)))
+
+
+def _block_size(kernels: Kernels, platform: Platform, seqs: int, length: int) -> int:
+    """The default."""
+    return tpu.default_block_size(seqs, length) if kernels.attention == "tpu" else platform.block_size
 
 
 def _count(budget: Budget, config: EngineConfig, most: int) -> int:
@@ -189,6 +217,10 @@ def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memor
         return own + 2 * size * tiles * mosaic.WARPGROUPS * mosaic.ROWS * kv
     if wanted == "cpu" or (memory.platform is GPU and wanted != "xla"):
         return own
+    if case.kernels.attention == "tpu":  # heads as the pool has them
+        pool = shapes.pool
+        places = pool.kv_heads // case.shards * pool.head_dim
+        return int(own + size * tokens * (2 * places + 2 * places * layout.q.shape[1]))
     if wanted == "reference":  # gathers the whole context of every token
         return own + 4 * tokens * shapes.table_width * shapes.pool.block_size * (2 * kv + 2 * q + heads)
     chunk = max(CHUNK, shapes.pool.block_size)
@@ -208,14 +240,15 @@ def _autotuning(case: Case, shapes: Shapes) -> int:
 
 
 def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
-    """Programs are small on a GPU; on a TPU a layer takes 8 MiB of a mixed program and 5 of a decode."""
+    """Programs are small on a GPU; what a layer takes on a TPU is measured with its compiler."""
     if memory.platform is GPU:
         return 0
     buckets = ladder(shapes, memory.platform.smallest_decode)
     samples = len({bucket.seqs for bucket in buckets}) * len(VARIANTS)
     if memory.platform is TPU:
-        layers = sum(8 if bucket.tokens > bucket.seqs else 5 for bucket in buckets) * shapes.layers
-        return layers * MIB + 2 * samples * SAMPLE_BYTES
+        mixed, decode = TPU_LAYER["tpu" if case.kernels.attention == "tpu" else "xla"]
+        layers = sum(mixed if bucket.tokens > bucket.seqs else decode for bucket in buckets) * shapes.layers
+        return layers + 2 * samples * SAMPLE_BYTES
     mesh = parse_mesh(case.config.mesh)
     layer = FORWARD_BYTES["native" if _native(case.config) else "xla"]
     programs = len(buckets) * shapes.layers * layer + samples * SAMPLE_BYTES

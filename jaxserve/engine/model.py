@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.engine.kernels import PORTABLE, Kernels
+from jaxserve.engine.kernels import PORTABLE, Kernels, serving
 from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Tensors, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
@@ -37,9 +37,9 @@ class LoadedModel:
         """Builds the model abstractly; `load` or `fill` brings the weights, kept as the kernels read them."""
         cls: Any = model_class(config)
         self.mesh = mesh
-        self.kernels = kernels
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)
+        self.kernels = serving(kernels, self.dtype, self.config.head_dim)
         self.shards = mesh.shape["tensor"]
         self._table = cls.tensors(self.config, self.shards)
 

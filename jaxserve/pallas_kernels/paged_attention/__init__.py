@@ -6,7 +6,7 @@ turns queries and keys, writes this step's keys and values into the pool, then a
 specification.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,13 @@ __all__ = [
     "Rotation",
     "empty_pool",
     "paged_attention",
+    "pool_shape",
     "ragged_meta",
     "read",
+    "why_not",
 ]
 
-Implementation = Literal["reference", "xla", "gpu", "mosaic", "cpu"]
+Implementation = Literal["reference", "xla", "gpu", "mosaic", "tpu", "cpu"]
 
 
 class Masking(NamedTuple):
@@ -40,6 +42,24 @@ class Masking(NamedTuple):
 
 
 PLAIN = Masking()
+
+
+def pool_shape(shape: PoolShape, implementation: Implementation, shards: int = 1) -> PoolShape:
+    """The pool that an implementation keeps for such heads over so many devices."""
+    if implementation == "tpu":
+        from jaxserve.pallas_kernels.paged_attention import tpu
+
+        return tpu.pool_shape(shape, shards)
+    return shape
+
+
+def why_not(implementation: Implementation, dtype: Any, head_dim: int) -> str:
+    """Why an implementation does not serve such heads; empty when it does."""
+    if implementation == "tpu":
+        from jaxserve.pallas_kernels.paged_attention import tpu
+
+        return tpu.why_not(dtype, head_dim)
+    return ""
 
 
 def empty_pool(shape: PoolShape, implementation: Implementation = "xla") -> jax.Array:
@@ -70,8 +90,9 @@ def paged_attention(
     """Causal attention of N query rows over a paged pool that first receives their k and v.
 
     q `[N, heads, dim]`, k and v `[N, kv_heads, dim]` (query head h reads KV head h // (heads // kv_heads)),
-    pool `[num_blocks, 2, kv_heads, block_size, dim]`, `sinks` and `alibi` float32 `[heads]` (a sink is an
-    extra logit that takes mass and gives nothing; ALiBi adds slope * (key position - query position)).
+    pool `[num_blocks, 2, kv_heads, block_size, dim]` or as `pool_shape` has it, `sinks` and `alibi` float32
+    `[heads]` (a sink is an extra logit that takes mass and gives nothing; ALiBi adds slope * (key position -
+    query position)).
     `rotation` turns q and k first, in float32. Then the three are rounded to `dtype`, that of q if it is not
     given. Returns out `[N, heads, dim]` of q's type (undefined in padding rows) and the pool. Softmax and
     accumulation are float32. `interpret` runs Pallas kernels in interpret mode.
@@ -93,6 +114,10 @@ def paged_attention(
         from jaxserve.pallas_kernels.paged_attention import mosaic
 
         out, pool = mosaic.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
+    elif implementation == "tpu":
+        from jaxserve.pallas_kernels.paged_attention import tpu
+
+        out, pool = tpu.paged_attention(q, k, v, pool, meta, **options, interpret=interpret)
     elif implementation == "reference":
         from jaxserve.pallas_kernels.paged_attention import reference
 
@@ -110,4 +135,8 @@ def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array, implementation: I
         from jaxserve.pallas_kernels.paged_attention import cpu
 
         return cpu.read(pool, blocks, slots)
+    if implementation == "tpu":
+        from jaxserve.pallas_kernels.paged_attention import tpu
+
+        return tpu.read(pool, blocks, slots)
     return pool[blocks, :, :, slots]

@@ -2,7 +2,8 @@
 
 A block is one contiguous slab, so that copying or moving it is one copy, and a head is an axis, so
 that a mesh shards it. Block 0 is the dummy that padding writes to. On the CPU 16-bit floats are kept
-as their bits (uint16): XLA's CPU scatter would convert a bf16 pool to float32 and back.
+as their bits (uint16): XLA's CPU scatter would convert a bf16 pool to float32 and back. A TPU's pool has
+another order (`by_token`).
 """
 
 from typing import NamedTuple
@@ -25,13 +26,17 @@ class PoolShape(NamedTuple):
     """Type of the numbers; `storage` is the type of the array."""
     bits: bool = False
     """Keep 16-bit floats as uint16."""
+    by_token: bool = False
+    """`[num_blocks, block_size, 2 * kv_heads, head_dim]`: what a token has lies together (`tpu.py`)."""
 
     @property
     def storage(self) -> jnp.dtype:
         return jnp.dtype(jnp.uint16) if self.bits and self.dtype.itemsize == 2 else self.dtype
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
+        if self.by_token:
+            return (self.num_blocks, self.block_size, 2 * self.kv_heads, self.head_dim)
         return (self.num_blocks, 2, self.kv_heads, self.block_size, self.head_dim)
 
     @property

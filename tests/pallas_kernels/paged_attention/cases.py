@@ -12,6 +12,7 @@ from jaxserve.pallas_kernels.paged_attention import (
     Masking,
     PoolShape,
     Rotation,
+    pool_shape,
     ragged_meta,
     read,
 )
@@ -231,6 +232,12 @@ def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
 
 def stored_for(implementation: str, pool: jax.Array) -> jax.Array:
     """A pool as an implementation keeps it, of one as `pool.py` describes it."""
+    if implementation == "tpu":
+        blocks, _, heads, size, dim = pool.shape
+        shape = pool_shape(PoolShape(blocks, heads, size, dim, pool.dtype), "tpu")
+        short = (0, shape.kv_heads - heads), (0, 0), (0, shape.head_dim - dim)
+        x = np.pad(np.asarray(pool).transpose(0, 3, 2, 1, 4), ((0, 0), (0, 0), *short))
+        return jnp.asarray(x.reshape(shape.shape))
     if implementation != "cpu":
         return pool
     x, n = np.asarray(pool), 4 // pool.dtype.itemsize
@@ -240,9 +247,9 @@ def stored_for(implementation: str, pool: jax.Array) -> jax.Array:
     return jnp.asarray(np.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)], axis=1))
 
 
-def plain(implementation: str, pool: jax.Array) -> np.ndarray:
-    """The inverse."""
-    blocks, _, heads, size, dim = pool.shape
+def plain(implementation: str, pool: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse; `shape` is that of the described pool."""
+    blocks, _, heads, size, dim = shape
     at = np.indices((blocks, size)).reshape(2, -1)
-    rows = np.asarray(read(pool, *at, implementation))
+    rows = np.asarray(read(pool, *at, implementation))[:, :, :heads, :dim]
     return rows.reshape(blocks, size, 2, heads, dim).transpose(0, 2, 3, 1, 4)

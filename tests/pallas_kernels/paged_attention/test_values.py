@@ -35,7 +35,8 @@ def run(implementation: str, x: Inputs, options=QUICK_COMPILE) -> tuple[np.ndarr
     args = (x.q, x.k, x.v, stored_for(implementation, x.pool), x.meta, x.rotation)
     out, pool = attend.lower(*args).compile(options)(*args)
     assert (out.dtype, out.shape) == (x.q.dtype, x.q.shape)
-    return np.asarray(out, np.float64)[np.asarray(x.meta.row_pos) >= 0], plain(implementation, pool)[1:]
+    live = np.asarray(x.meta.row_pos) >= 0
+    return np.asarray(out, np.float64)[live], plain(implementation, pool, x.pool.shape)[1:]
 
 
 def check(implementation: str, x: Inputs, **how) -> None:
