@@ -8,12 +8,13 @@ comma := ,
 BIN     := $(VENV)/bin
 PRODUCT := $(VENV)/.product-$(EXTRAS)
 TESTING := $(VENV)/.test-$(EXTRAS)
+AOT     := $(abspath $(VENV))/aot
 
-.PHONY: help install serve chat test lint clean
+.PHONY: help install serve chat test test-aot lint clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 install: $(PRODUCT) ## Install jaxserve into .venv
 
@@ -25,6 +26,9 @@ chat: $(PRODUCT) ## Chat with a model in the terminal (ARGS="MODEL" or ARGS="--u
 
 test: $(TESTING) ## Run the tests (ARGS="-k name" to choose)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-aot: $(AOT)/.installed ## Compile for an H200 and for TPUs, which need not be here
+	PYTHONPATH=$(AOT) PATH="$$PATH:$(AOT)/nvidia/cu13/bin" $(BIN)/python -m pytest -m aot $(ARGS)
 
 lint: $(TESTING) ## Check style and types
 	$(BIN)/python -m ruff check .
@@ -40,6 +44,13 @@ $(PRODUCT): pyproject.toml
 $(TESTING): pyproject.toml
 	$(call install,$(if $(EXTRAS),$(EXTRAS)$(comma))test)
 	@touch $@ $(PRODUCT)
+
+# Compilers alone, and out of the way of all else: with them jax looks for the devices.
+$(AOT)/.installed: $(TESTING)
+	@echo "installing compilers for NVIDIA GPUs and TPUs into $(AOT)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AOT) \
+		$$($(BIN)/python -m tests.aot packages)
+	@touch $@
 
 define install
 @$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \

@@ -1,0 +1,106 @@
+"""The programs of Llama 3.1 8B and 70B, compiled for devices that need not be here."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.aot import H200_SHARED_MEMORY, run
+
+
+class Expected(NamedTuple):
+    """What a model is, and what its steps became when it was looked at last: no more is allowed."""
+
+    layers: int
+    hidden: int
+    kernels: dict[str, int]
+    """By program, on a GPU."""
+    outside: dict[str, int]
+    """Launched by the host, outside of command buffers, by kind of step."""
+    vocab: int = 128256
+
+
+GPUS = {
+    "8B h200": Expected(
+        32,
+        4096,
+        {"decode[1]": 587, "decode[64]": 427, "decode[256]": 395, "mixed[512]": 495, "mixed[8192]": 495},
+        {"decode": 0, "mixed": 0},
+    ),
+    "70B h200 4x1": Expected(
+        80,
+        8192,
+        {"decode[1]": 1535, "decode[64]": 1374, "decode[256]": 1136, "mixed[512]": 1382, "mixed[8192]": 1460},
+        {"decode": 190, "mixed": 650},
+    ),
+}
+TPUS = {"8B v5e 4x1": Expected(32, 4096, {}, {}), "8B v6e": Expected(32, 4096, {}, {})}
+MODELS = GPUS | TPUS
+ON_GPU = [pytest.param(name, marks=pytest.mark.aot("gpu")) for name in GPUS]
+ON_TPU = [pytest.param(name, marks=pytest.mark.aot("tpu")) for name in TPUS]
+
+
+@cache
+def made(name: str) -> list[dict[str, Any]]:
+    return run("steps", name)
+
+
+def steps(name: str, *kinds: str) -> list[dict[str, Any]]:
+    found = [report for report in made(name) if report["program"].partition("[")[0] in kinds]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_no_kernel_spills_or_outgrows_its_shared_memory(name):
+    for report in made(name):
+        allowed = 8 if report["program"].startswith("sample") else 0  # of the random numbers
+        assert report["spilled"] <= allowed, report
+        assert report["shared"] <= H200_SHARED_MEMORY, report
+
+
+@pytest.mark.parametrize("name", [*ON_GPU, *ON_TPU])
+def test_programs_take_what_was_planned(name):
+    taken, planned = max(report["temporaries MiB"] for report in made(name)), made(name)[0]["planned MiB"]
+    assert taken <= planned <= 1.5 * taken
+
+
+@pytest.mark.parametrize("name", [*ON_GPU, *ON_TPU])
+def test_no_weight_and_no_pool_is_copied(name):
+    for report in steps(name, "decode", "mixed"):
+        assert report["copies"] == {}, report
+        assert report["in place MiB"] >= report["pools MiB"], report
+
+
+@pytest.mark.parametrize("name", [*ON_GPU, *ON_TPU])
+def test_a_layer_on_a_mesh_adds_up_after_attention_and_after_the_mlp_and_nothing_else_travels(name):
+    model = MODELS[name]
+    for report in made(name):
+        found = {tuple(part.split(" ", 1)): count for part, count in report["collectives"].items()}
+        sums = sum(count for (operation, _), count in found.items() if operation == "all-reduce")
+        rest = [part for part in found if part[0] != "all-reduce"]
+        if "4x1" in name and report["program"].startswith(("decode", "mixed")):
+            assert sums == 2 * model.layers + 1, report  # the embedding's
+            assert [operation for operation, _ in rest] == ["all-gather"], report
+            assert found[rest[0]] == 1 and str(model.vocab) in rest[0][1], report  # the logits, for sampling
+            assert all(f"{model.hidden}]" in sizes for operation, sizes in found if operation == "all-reduce")
+        else:
+            assert not found, report
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_step_is_so_many_kernels_in_command_buffers_without_loop_or_branch(name):
+    model = GPUS[name]
+    for report in steps(name, "decode", "mixed"):
+        assert not report["loops"] and not report["branches"], report
+        assert report["kernels"] <= model.kernels[report["program"]], report
+        kind = report["program"].partition("[")[0]
+        assert sum(report["outside"].values()) <= model.outside[kind], report
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_only_the_search_for_a_threshold_leaves_the_command_buffers_when_tokens_are_chosen(name):
+    for report in steps(name, "sample"):
+        searches = 0 if report["program"].endswith("greedy") else 2
+        assert (report["loops"], report["branches"]) == (searches, searches), report
+        assert sum(report["outside"].values()) == (11 if searches else 0), report
