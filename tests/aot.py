@@ -89,6 +89,7 @@ class Dump:
         os.environ |= {
             "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3",
+            "MOSAIC_GPU_DUMP_TO": str(self.folder),
             "XLA_FLAGS": f"--xla_dump_to={self.folder} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx",
         }
 
@@ -113,6 +114,9 @@ class Dump:
     def shared_memory(self) -> dict[str, int]:
         """Bytes, by kernel."""
         found = re.findall(r"(\w+) grid: .*shared_memory: (\d+)", self._read("*thunk_sequence.txt"))
+        for path in self.folder.glob("*.resources.txt"):  # of Mosaic's kernels, where jax writes it
+            name = re.sub(r"_\d+\.resources\.txt", "_mosaic_gpu_kernel", path.name)
+            found += re.findall(r"(\w+) .*smem_scratch_bytes=(\d+)", f"{name} {path.read_text()}")
         return {name: int(size) for name, size in found}
 
     def thunks(self) -> Thunks:

@@ -42,6 +42,13 @@ SHAPES = {
     "gemma head size 256 decode": Shape(16, 16, 8, 4, 256, masking=Masking(1024, 50.0)),
     "gemma head size 256 mixed": Shape(512, 16, 8, 4, 256, masking=Masking(1024, 50.0)),
     "head size 256 mixed f32": Shape(512, 16, 8, 4, 256, "float32"),
+    "mosaic llama-8b decode 64": Shape(64, 64, 32, 8, 128, implementation="mosaic"),
+    "mosaic llama-8b mixed 2048": Shape(2048, 64, 32, 8, 128, implementation="mosaic"),
+    "mosaic smollm2 mixed 512": Shape(512, 64, 9, 3, 64, implementation="mosaic"),
+    "mosaic head size 192 mixed": Shape(512, 16, 8, 8, 192, implementation="mosaic"),
+    "mosaic gemma head size 256 mixed": Shape(
+        512, 16, 8, 4, 256, masking=Masking(1024, 50.0), implementation="mosaic"
+    ),
 }
 NAMES = list(SHAPES)
 
@@ -96,10 +103,10 @@ def kernels(shape: Shape, dump: Dump) -> list[dict[str, Any]]:
     shared = dump.shared_memory()
     return [
         {
-            "kernel": kernel.name.removeprefix("paged_attention_"),
+            "kernel": kernel.name.removeprefix("paged_attention_").removesuffix("_mosaic_gpu_kernel"),
             "registers": kernel.registers,
             "spilled": kernel.spilled,
-            "shared": shared[kernel.name],
+            "shared": shared.get(kernel.name, "unknown"),
             "products": kernel.products,
         }
         for kernel in dump.kernels()
