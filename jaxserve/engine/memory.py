@@ -198,7 +198,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
     forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
-    workspace = GPU_WORKSPACE if memory.platform is GPU else 0
+    workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
     kept = 2 if case.kernels.sampler == "cpu" else 6
     return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
 

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.config import EngineConfig
+from jaxserve.engine.topology import chip, compiler_mesh
 from jaxserve.pallas_kernels.paged_attention import (
     PLAIN,
     AttentionMeta,
@@ -29,7 +32,7 @@ from jaxserve.pallas_kernels.paged_attention.tuning.tpu import (
 from .cases import BF16, CASES, Case, make, oracle
 from .test_values import TOLERANCE, check, run
 
-pytestmark = pytest.mark.usefixtures("interpreted_tpu")
+interpreted = pytest.mark.usefixtures("interpreted_tpu")
 
 PADDING_BETWEEN_ROWS = ["mixed gap"]
 """Which an engine's batches do not have."""
@@ -73,11 +76,13 @@ def test_what_is_not_served():
     ]
 
 
+@interpreted
 @pytest.mark.parametrize("name", QUICK)
 def test_case(name):
     check("tpu", make(SERVED[name]))
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", [jnp.float32, BF16], ids=str)
 def test_what_another_sequence_left_behind_is_not_read(dtype):
     x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1, dtype=dtype))
@@ -147,11 +152,11 @@ def a_tpu():
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def lower(rows, seqs, heads, kv_heads, dim, dtype=BF16, masking=PLAIN, block_size=128, layers=2):
+def trace(where, rows, seqs, heads, kv_heads, dim, dtype=BF16, masking=PLAIN, block_size=128, layers=2):
     """Layers in a row, each with its own pool, as in a model's step."""
 
     def array(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def step(pools, q, kv, meta):
         for i, pool in enumerate(pools):
@@ -166,9 +171,12 @@ def lower(rows, seqs, heads, kv_heads, dim, dtype=BF16, masking=PLAIN, block_siz
     tables = array(seqs, CONTEXT // block_size)
     meta = AttentionMeta(tables, array(seqs), array(seqs), array(seqs), array(rows), array(rows))
     q, kv = array(rows, heads, dim, dtype=dtype), array(rows, kv_heads, dim, dtype=dtype)
+    return jax.jit(step, donate_argnums=0).trace(pools, q, kv, meta)
+
+
+def lower(*args, **options) -> str:
     with a_tpu():
-        traced = jax.jit(step, donate_argnums=0).trace(pools, q, kv, meta)
-        return traced.lower(lowering_platforms=("tpu",)).as_text()
+        return trace(None, *args, **options).lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.parametrize("rows", [8, 64, 512])
@@ -184,3 +192,20 @@ def test_a_layer_is_two_kernels(shape, rows):
 @pytest.mark.parametrize("masking", [Masking(100), Masking(0, 30.0)], ids=str)
 def test_every_kind_of_masking(masking, dtype):
     lower(64, 8, 8, 2, 96, dtype, masking, 16, layers=1)
+
+
+@pytest.mark.aot("tpu")
+@pytest.mark.parametrize("device", ["v5e", "v6e"])
+@pytest.mark.parametrize("rows", [8, 64, 512])
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_70B_OF_4, SMOLLM2, (32, 32, 80)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, jnp.float32], ids=str)
+def test_it_fits_a_tpu_and_leaves_pools_in_place(dtype, shape, rows, device):
+    mesh = compiler_mesh(EngineConfig(), chip(device))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        where = NamedSharding(mesh, PartitionSpec())
+        program = trace(where, rows, min(rows, 64), *shape, dtype).lower().compile()
+    memory, (pools, *_), _ = program.memory_analysis(), *program.in_avals
+    nbytes = sum(pool.size * pool.dtype.itemsize for pool in pools)
+    assert memory.alias_size_in_bytes >= nbytes
+    assert memory.temp_size_in_bytes < 2**24 < nbytes / 2
+    assert " while(" not in program.as_text() and " scatter(" not in program.as_text()
