@@ -94,8 +94,8 @@ class Dump:
         }
 
     def clear(self) -> None:
-        for path in self.folder.iterdir():
-            path.unlink()
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
 
     def kernels(self) -> list[Kernel]:
         found = []
