@@ -30,7 +30,7 @@ COMPILERS = {"gpu": "jax_cuda13_plugin", "tpu": "libtpu"}
 """What each is imported from."""
 H200_SHARED_MEMORY = 232448
 """Bytes that one block of an H200 can have."""
-NO_WORK = {"kSequential", "kAsyncDone", "kCommandBuffer", "kWhile", "kConditional"}
+NO_WORK = {"kSequential", "kAsyncStart", "kAsyncDone", "kCommandBuffer", "kWhile", "kConditional"}
 """Thunks that run others, or wait for them."""
 MADE: list[dict[str, Any]] = []
 """All reports of this session."""

@@ -19,8 +19,9 @@ def collectives(hlo: str) -> list[tuple[str, list[int]]]:
     found = []
     for result, operation, start in COLLECTIVE.findall(hlo):
         arrays = ARRAY.findall(result)
-        if start and operation != "all-reduce":  # which gives what it was given beside what it makes
-            arrays = arrays[len(arrays) // 2 :]
+        half = len(arrays) // 2
+        if start and (operation != "all-reduce" or arrays[:half] == arrays[half:]):
+            arrays = arrays[half:]  # beside what it was given
         found += [(operation, _sizes(shape)) for shape in arrays]
     return found
 

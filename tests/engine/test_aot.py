@@ -30,8 +30,8 @@ GPUS = {
     "70B h200 4x1": Expected(
         80,
         8192,
-        {"decode[1]": 1535, "decode[64]": 1374, "decode[256]": 1136, "mixed[512]": 1382, "mixed[8192]": 1460},
-        {"decode": 190, "mixed": 650},
+        {"decode[1]": 1533, "decode[64]": 1372, "decode[256]": 1136, "mixed[512]": 1380, "mixed[8192]": 1380},
+        {"decode": 180, "mixed": 570},
     ),
 }
 TPUS = {"8B v5e 4x1": Expected(32, 4096, {}, {}), "8B v6e": Expected(32, 4096, {}, {})}
