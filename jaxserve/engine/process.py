@@ -87,6 +87,7 @@ def _end_with_parent() -> None:
 
 
 def _engine_core(config: EngineConfig) -> Core:
+    gc.disable()  # all that is imported and traced stays: the collector would look through it again and again
     from jaxserve.engine.core import EngineCore  # heartbeats go out while jax is imported
 
     core = EngineCore(config)
@@ -117,7 +118,6 @@ def _read(sock: socket.socket, loop: CoreLoop) -> None:
 def main(argv: list[str], factory: Callable[[EngineConfig], Core] = _engine_core) -> None:
     """`argv`: file descriptor of the socket, replica, log level, and the EngineConfig as JSON."""
     _end_with_parent()
-    gc.disable()  # all that is imported and traced stays: the collector would look through it again and again
     fd, replica, log_level, options = argv
     config = msgspec.json.decode(options, type=EngineConfig)
     logging.basicConfig(

@@ -82,6 +82,7 @@ def test_what_an_engine_process_has_loaded_is_not_collected_again(model_dir):
         from jaxserve.engine.process import _engine_core
         options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "num_blocks": 33}
         core = _engine_core(EngineConfig(model=sys.argv[1], **options))
+        assert gc.isenabled()
         [thread.join() for thread in threading.enumerate() if thread.name == "freeze"]
         print(gc.get_freeze_count(), len(gc.get_objects()), core.state)
     """
