@@ -20,10 +20,11 @@ from jaxserve.pallas_kernels.paged_attention.pool import decode, write
 from jaxserve.pallas_kernels.paged_attention.tiles import (
     LOG2E,
     NEVER,
+    NO_ROW,
     Tiles,
+    join,
     merge,
     query_tiles,
-    row_tiles,
 )
 from jaxserve.pallas_kernels.paged_attention.tuning.gpu import Variant, num_splits, variant
 
@@ -38,64 +39,65 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     # the type of both products: 16 bits only where both q and the pool's numbers have it
     dtype = jnp.promote_types(q.dtype, q.dtype if pool.dtype == jnp.uint16 else pool.dtype)
     attend = partial(
-        _attend, pool=pool, meta=meta, dtype=dtype, scale=scale, masking=masking, sinks=sinks, alibi=alibi,
+        _attend, q, pool=pool, meta=meta, dtype=dtype, scale=scale, masking=masking, sinks=sinks, alibi=alibi,
         interpret=interpret,
     )  # fmt: skip
     one = variant("rows", group, pool.shape[4], dtype.itemsize)
     splits = num_splits(singles * pool.shape[2], width * pool.shape[3], one.tile)
-    out = attend(q[:singles], row_tiles(meta, singles), one, rows=1, splits=splits)
+    out = attend(singles, None, one, rows=1, splits=splits)
     if rows == singles:
         return out, pool
     many = variant("tiles", group, pool.shape[4], dtype.itemsize)
     per_tile = max(1, many.block_m // group)
-    rest = attend(q, query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
-    single = (meta.q_lens[:singles] == 1)[:, None, None]
-    return rest.at[:singles].set(jnp.where(single, out, rest[:singles])), pool
+    rest = attend(rows, query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
+    return join(out, rest, meta), pool
 
 
 def _attend(
-    q, tiles: Tiles, v: Variant, *, rows, splits, pool, meta, dtype, scale, masking, sinks, alibi, interpret
-):
-    """out [N, heads, dim] of q's type in the rows that the tiles hold; undefined in others."""
-    n, heads, dim = q.shape
+    q, n, tiles: Tiles | None, v: Variant, *, rows, splits, pool, meta, dtype, scale, masking, sinks, alibi,
+    interpret,
+):  # fmt: skip
+    """out [n, heads, dim] of q's type in the rows that the tiles hold; undefined in others. Without tiles a
+    program takes one of the first n rows, where a sequence has only that one."""
+    _, heads, dim = q.shape
     kv_heads = pool.shape[2]
     kernel = partial(
         _kernel, rows=rows, group=heads // kv_heads, block_m=v.block_m, tile=v.tile, splits=splits,
-        dtype=dtype, scale=scale, masking=masking, has_sinks=sinks is not None, has_alibi=alibi is not None,
+        dtype=dtype, scale=scale, masking=masking,
     )  # fmt: skip
     if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+        out_shape = [jax.ShapeDtypeStruct((n, heads, dim), q.dtype)]
     else:
         parts = [(splits, n, heads, dim), (splits, n, heads), (splits, n, heads)]
         out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in parts]
-    per_head = [x.astype(jnp.float32) for x in (sinks, alibi) if x is not None]
+    sinks, alibi = (x if x is None else x.astype(jnp.float32) for x in (sinks, alibi))
     outs = pl.pallas_call(
         kernel,
-        grid=(tiles.seq.shape[0], kv_heads, splits),
+        grid=(len(tiles.seq) if tiles else n, kv_heads, splits),
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=v.num_warps, num_stages=v.num_stages),
         interpret=interpret,
         name=f"paged_attention_q{rows}_m{v.block_m}_t{v.tile}_s{splits}",
-    )(*tiles, meta.starts, meta.q_lens, meta.q_rows, meta.block_tables, q, pool, *per_head)
+    )(tiles, meta, q, pool, sinks, alibi)
     return outs[0] if splits == 1 else merge(*outs).astype(q.dtype)
 
 
 def _kernel(
-    seq_ref, first_ref, starts_ref, lens_ref, rows_ref, tables_ref, q_ref, pool_ref, *refs,
-    rows, group, block_m, tile, splits, dtype, scale, masking, has_sinks, has_alibi,
+    tiles: Tiles | None, meta: AttentionMeta, q_ref, pool_ref, sinks_ref, alibi_ref, *outs,
+    rows, group, block_m, tile, splits, dtype, scale, masking,
 ):  # fmt: skip
     """One tile of one KV head and one split: out, or the split's (weighted sum, maximum, mass)."""
     t, kv_head, split = (pl.program_id(i) for i in range(3))
-    sinks_ref, alibi_ref, outs = _unpack(refs, has_sinks, has_alibi)
     block_size, dim = pool_ref.shape[3:]
-    seq, first = seq_ref[t], first_ref[t]
-    start, q_len = starts_ref[seq], lens_ref[seq]
+    seq = tiles.seq[t] if tiles else t
+    start, q_len = meta.starts[seq], meta.q_lens[seq]
+    first = tiles.first[t] if tiles else jnp.where(q_len == 1, 0, jnp.int32(NO_ROW))
 
     m = jnp.arange(block_m, dtype=jnp.int32)
     in_seq = first + m // group
     live = (m < rows * group) & (in_seq < q_len)
     # lanes without a row point past the end: interpret mode writes masked lanes too, and drops only those
-    row = jnp.where(live, rows_ref[seq] + in_seq, q_ref.shape[0])
+    row = jnp.where(live, meta.q_rows[seq] + in_seq, q_ref.shape[0])
     head = kv_head * group + jnp.where(live, m % group, 0)
     d = jnp.arange(pl.next_power_of_2(dim), dtype=jnp.int32)
     in_dim = d < dim
@@ -119,14 +121,14 @@ def _kernel(
 
     def run():
         q = triton.load(q_ref.at[q_at], mask=q_mask, other=0.0)
-        slope = triton.load(alibi_ref.at[head])[:, None] if has_alibi else None
+        slope = triton.load(alibi_ref.at[head])[:, None] if alibi_ref is not None else None
 
         def body(j, state):
             top, mass, acc = state
             pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
             in_context = pos < end
             # a page for each position: a tile may be a part of a block, or several
-            page = triton.load(tables_ref.at[seq, pos // block_size], mask=in_context, other=0)
+            page = triton.load(meta.block_tables.at[seq, pos // block_size], mask=in_context, other=0)
             # masked, not only out of sight: slots that this sequence has not written may hold NaN
             kv_mask = in_context[:, None] & in_dim[None, :]
 
@@ -139,7 +141,7 @@ def _kernel(
             if masking.soft_cap:
                 logits = masking.soft_cap * jnp.tanh(logits / masking.soft_cap)
             ahead = pos[None, :] - q_pos
-            if has_alibi:
+            if alibi_ref is not None:
                 logits += slope * ahead.astype(jnp.float32)
             visible = live[:, None] & (ahead <= 0)
             if masking.window:
@@ -154,7 +156,7 @@ def _kernel(
 
         top = jnp.full((block_m,), NEVER, jnp.float32)
         mass = jnp.zeros((block_m,), jnp.float32)
-        if has_sinks:  # a sink counts once: in the first split
+        if sinks_ref is not None:  # a sink counts once: in the first split
             top = jnp.where(split == 0, triton.load(sinks_ref.at[head]) * LOG2E, top)
             mass = jnp.where(split == 0, 1.0, mass)
         acc = jnp.zeros((block_m, d.size), jnp.float32)
@@ -168,10 +170,3 @@ def _kernel(
             triton.store(outs[2].at[split, row, head], mass, mask=live)
 
     pl.when(first < q_len)(run)
-
-
-def _unpack(refs, has_sinks, has_alibi):
-    refs = list(refs)
-    sinks = refs.pop(0) if has_sinks else None
-    alibi = refs.pop(0) if has_alibi else None
-    return sinks, alibi, refs

@@ -25,12 +25,6 @@ class Tiles(NamedTuple):
     first: jax.Array
 
 
-def row_tiles(meta: AttentionMeta, singles: int) -> Tiles:
-    """A tile for each of the first rows, with a row in it where a sequence has only that one."""
-    seq = jnp.arange(singles, dtype=jnp.int32)
-    return Tiles(seq, jnp.where(meta.q_lens[:singles] == 1, 0, NO_ROW))
-
-
 def query_tiles(meta: AttentionMeta, rows: int, per_tile: int) -> Tiles:
     """The rows of the sequences that have several, `per_tile` to a tile, and tiles without rows."""
     seqs = meta.q_lens.shape[0]
@@ -55,6 +49,16 @@ def _tiles_of(meta: AttentionMeta, per_tile: int) -> tuple[jax.Array, jax.Array]
     """int32 [S] each: the tiles of a sequence, and where they end."""
     count = jnp.where(meta.q_lens > 1, -(-meta.q_lens // per_tile), 0)
     return count, jnp.cumsum(count)
+
+
+def join(singles: jax.Array, rest: jax.Array, meta: AttentionMeta) -> jax.Array:
+    """out [N, heads, dim]: `rest`, and the rows of sequences that have only one from `singles` [M, ...].
+
+    Scattered, which XLA does in place: a slice of `rest` that depends on it would be a copy of it all.
+    """
+    row = jnp.arange(len(singles), dtype=jnp.int32)
+    row = jnp.where(meta.q_lens[: len(singles)] == 1, row, len(rest))
+    return rest.at[row].set(singles, mode="drop", unique_indices=True)
 
 
 def merge(acc: jax.Array, top: jax.Array, mass: jax.Array, sinks: jax.Array | None = None) -> jax.Array:

@@ -12,6 +12,7 @@ from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
 from jaxserve.pallas_kernels.paged_attention.mosaic.decode import decode
 from jaxserve.pallas_kernels.paged_attention.mosaic.prefill import prefill
 from jaxserve.pallas_kernels.paged_attention.pool import write
+from jaxserve.pallas_kernels.paged_attention.tiles import join
 from jaxserve.pallas_kernels.paged_attention.tuning.mosaic import HEAD_DIMS, LARGEST_GROUP
 
 
@@ -28,8 +29,7 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     if rows == singles:  # a batch with sequences of several rows has more rows than sequences
         return out, pool
     rest = prefill(q, pool, meta, **attend)
-    single = (meta.q_lens[:singles] == 1)[:, None, None]
-    return rest.at[:singles].set(jnp.where(single, out, rest[:singles])), pool
+    return join(out, rest, meta), pool
 
 
 def why_not(group: int, head_dim: int, block_size: int, dtype: Any, pool_dtype: Any) -> str:
