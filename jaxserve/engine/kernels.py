@@ -3,6 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
@@ -20,6 +21,8 @@ class Kernels(NamedTuple):
     attention: paged_attention.Implementation
     matmul: matmul.Implementation
     sampler: sampling.Implementation
+    rounded: bool = False
+    """Products, summed in float32, are given in bfloat16: half as much to move, and from device to device."""
 
     def smallest_decode(self, platform: Platform) -> int:
         """Rows of the smallest decode program: fewer are not faster, except with the C++ product."""
@@ -42,7 +45,7 @@ def cpu_kernels(dtype: Any, quantization: str | None = None) -> list[tuple[str, 
 
 def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """Raises ConfigError for a kernel that was asked for and cannot be had here."""
-    chosen = _wanted(config, mesh)
+    chosen = _wanted(config, mesh, dtype)
     kernels = [
         (name, kernel)
         for name, kernel in cpu_kernels(dtype, config.quantization)
@@ -58,7 +61,7 @@ def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     return chosen
 
 
-def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
+def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """What was asked for, or would be best."""
     platform = platform_of(mesh.devices.flat[0])
     cpu = platform.name == "cpu"
@@ -67,7 +70,7 @@ def _wanted(config: EngineConfig, mesh: Mesh) -> Kernels:
         raise ConfigError(f"attention=mosaic cannot be had: {missing}")
     best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
     product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
-    return Kernels(attention, product, sampler)
+    return Kernels(attention, product, sampler, rounded=not cpu and dtype == jnp.bfloat16)
 
 
 def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.Implementation:

@@ -182,6 +182,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
 
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
     bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
+    Rounded products are half as large, and XLA keeps two of them to add up in the next sum.
     Sampling holds the logits five times (in C++ once), and the next step's. A bound that
     tests/engine/test_memory.py holds against what the compiler says of the programs.
     """
@@ -190,14 +191,16 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     logits = 4 * rows * padded(shapes.vocab, 128)
     gathered = logits + logits // shards if shards > 1 else 0
     width = padded(dims.intermediate_size, shards) // shards
+    result = 2 if case.kernels.rounded else 4
     gated = dims.hidden_act in GATES and not dims.mlp_bias and width % OUTS == 0
     if case.kernels.matmul == "cpu" and gated:
         mlp = 4 * tokens * (width + 2 * dims.hidden_size)
     else:
-        mlp = 4 * tokens * width * (4 if case.config.quantization else 3)
+        mlp = result * tokens * width * (4 if case.config.quantization else 3)
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
-    forward: int = 4 * tokens * dims.hidden_size + layer + tables + logits + gathered
+    hidden = tokens * dims.hidden_size * (4 + 2 * 2 if case.kernels.rounded else 4)
+    forward: int = hidden + layer + tables + logits + gathered
     workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
     kept = 2 if case.kernels.sampler == "cpu" else 6
     return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
@@ -211,7 +214,8 @@ def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memor
     q, kv = heads * dim, len(layout.kv) // case.shards * dim
     wanted = case.config.attention
     size = 4 if wanted == "cpu" else case.dtype.itemsize
-    own = tokens * (4 * (q + 2 * kv) + size * (2 * q + kv))
+    result = 2 if case.kernels.rounded else 4
+    own = tokens * (result * (q + 2 * kv) + size * (2 * q + kv))
     if wanted == "mosaic":  # queries and outputs in tiles
         tiles = tokens // mosaic.per_tile(layout.q.shape[1]) + rows
         return own + 2 * size * tiles * mosaic.WARPGROUPS * mosaic.ROWS * kv

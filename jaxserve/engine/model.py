@@ -46,7 +46,7 @@ class LoadedModel:
         def build() -> nnx.Module:
             module: nnx.Module = cls(self.config, self.shards, self.dtype)
             for product in _products(module).values():
-                product.multiply_with(kernels.matmul, quantization)
+                product.multiply_with(kernels.matmul, quantization, rounded=kernels.rounded)
             return module
 
         self._module = nnx.eval_shape(build)

@@ -114,6 +114,15 @@ def test_only_the_search_for_a_threshold_loops_when_tokens_are_chosen(step):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_products_are_rounded_but_for_logits(step, kind):
+    programs, texts = lowered(*step)
+    products = r"stablehlo\.dot_general.*-> tensor<\d+x\d+x"
+    assert count(texts[kind], products + "bf16>") >= 4 * programs.shapes.layers
+    assert count(texts[kind], products + "f32>") == 1
+
+
+@pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
 def test_nothing_goes_to_the_host(step):
     _, texts = lowered(*step)
     for name, text in texts.items():

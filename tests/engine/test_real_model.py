@@ -141,6 +141,7 @@ KERNELS = [
     pytest.param(Kernels("xla", "xla", "xla"), id="xla"),
     pytest.param(Kernels("cpu", "cpu", "cpu"), id="cpu", marks=pytest.mark.compiler),
 ]
+ROUNDED = pytest.param(Kernels("xla", "xla", "xla", rounded=True), id="rounded as on a GPU")
 
 
 def our_logits(checkpoint, dtype, ids, kernels):
@@ -198,7 +199,7 @@ def bfloat16_logits(reference, text, reference_logits):
         return reference.to(torch.bfloat16)(torch.tensor([text])).logits[0].float().numpy()
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", [*KERNELS, ROUNDED])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(
     checkpoint, text, reference_logits, bfloat16_logits, kernels
 ):

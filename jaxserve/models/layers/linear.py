@@ -40,6 +40,8 @@ class Product(nnx.Module):
         self.dtype = dtype
         """Of the weight as it is given."""
         self.implementation: Implementation = "xla"
+        self.result = jnp.dtype(jnp.float32)
+        """Type of what `contract` gives."""
         self.weight = weight((*out_shape, *in_shape), axes, dtype)
         self.scale: nnx.Param | None = nnx.data(None)
         """float32 [*out] of a weight that is kept in 8 bits."""
@@ -53,8 +55,15 @@ class Product(nnx.Module):
     def _used(self) -> jax.Array | None:
         return None if self.used is None else self.used[...]
 
-    def multiply_with(self, implementation: Implementation, quantization: Quantization | None = None) -> None:
-        """From now on; the weight is kept as that wants it. One of the vocabulary is never quantised."""
+    def multiply_with(
+        self,
+        implementation: Implementation,
+        quantization: Quantization | None = None,
+        *,
+        rounded: bool = False,
+    ) -> None:
+        """From now on; the weight is kept as that wants it. `rounded` results have the weight's type. One of
+        the vocabulary is never quantised, nor are logits rounded."""
         axes = self.weight.get_metadata()["axes"]
         outs, ins = axes[: len(self.out_shape)], axes[len(self.out_shape) :]
         number = self.dtype
@@ -62,6 +71,8 @@ class Product(nnx.Module):
             number = jnp.dtype(jnp.int8)
             self.scale = weight(self.out_shape, outs, jnp.dtype(jnp.float32))
         self.implementation = implementation
+        if rounded and outs[0] != "vocab":
+            self.result = self.dtype
         form = kept(*self.matrix, number, implementation)
         if implementation == "cpu":
             self.weight = weight(form.shape, (outs[0], ins[0], None, None), form.dtype)
@@ -79,7 +90,7 @@ class Product(nnx.Module):
         return held | {"weight": keep(w, self.implementation).reshape(self.weight.shape)}
 
     def contract(self, x: jax.Array) -> jax.Array:
-        """x [N, *in] -> float32 [N, *out]; rows of padding are undefined.
+        """x [N, *in] -> `result` [N, *out]; rows of padding are undefined.
 
         As one product of matrices: XLA would turn one with more axes by transposing w each step. Only
         the first axis of `out` and of `in` may be sharded, so that merging axes moves nothing.
@@ -89,14 +100,15 @@ class Product(nnx.Module):
         if self.implementation == "xla":
             w = w.reshape(outs, depth)
         if self.scale is None:
-            y = matmul(x, w, outs, used, self.implementation)
+            y = matmul(x, w, outs, used, self.implementation, self.result)
         else:
             y = matmul_int8(x, w, self.scale[...].reshape(outs), used, self.implementation)
+            y = y.astype(self.result)
         return y.reshape(-1, *self.out_shape)
 
 
 class Linear(Product):
-    """x [N, *in] -> float32 [N, *out], with weight [*out, *in] and an optional bias [*out]."""
+    """x [N, *in] -> `result` [N, *out], with weight [*out, *in] and an optional bias [*out]."""
 
     def __init__(
         self,
@@ -112,7 +124,7 @@ class Linear(Product):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.contract(x)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class GatedLinear(Linear):
@@ -128,5 +140,5 @@ class GatedLinear(Linear):
             how = GATES[activation], self._used, self.implementation
             if (y := gated(x.reshape(-1, depth), self.weight[...], outs, scales, *how)) is not None:
                 return y.reshape(-1, shards, width)
-        both = self(x)
+        both = self(x).astype(jnp.float32)
         return ACTIVATIONS[activation](both[:, :, 0]) * both[:, :, 1]

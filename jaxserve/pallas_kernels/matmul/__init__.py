@@ -17,6 +17,7 @@ from jaxserve.pallas_kernels.matmul.int8 import quantise
 __all__ = ["Implementation", "gated", "keep", "kept", "matmul", "matmul_int8", "quantise", "take"]
 
 Implementation = Literal["xla", "cpu"]
+FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def kept(outs: int, depth: int, dtype: np.dtype, implementation: Implementation) -> jax.ShapeDtypeStruct:
@@ -37,11 +38,13 @@ def matmul(
     outs: int,
     used: jax.Array | None = None,
     implementation: Implementation = "xla",
+    dtype: jnp.dtype = FLOAT32,
 ) -> jax.Array:
-    """float32 `[N, outs]` of x `[N, in]` and a weight `[outs, in]` as it is kept, accumulated in float32.
+    """`[N, outs]` of x `[N, in]` and a weight `[outs, in]` as it is kept, accumulated in float32.
 
-    `xla` rounds x to w's type. `cpu` reads it as float32, or rounds it to bf16 where the processor multiplies
-    that (avx512_bf16, amx_bf16); a row's bits do not depend on the other rows.
+    `xla` rounds x to w's type and gives `dtype`. `cpu` reads x as float32, or rounds it to bf16 where the
+    processor multiplies that (avx512_bf16, amx_bf16), and gives float32; a row's bits do not depend on the
+    other rows.
 
     Only the first `used` rows, int32 [], are wanted (all of them when None): `cpu` skips the others.
     """
@@ -51,7 +54,7 @@ def matmul(
         return cpu.matmul(x, w, outs, jnp.int32(len(x)) if used is None else used)
     from jaxserve.pallas_kernels.matmul import xla
 
-    return xla.matmul(x, w)
+    return xla.matmul(x, w, dtype)
 
 
 def matmul_int8(
