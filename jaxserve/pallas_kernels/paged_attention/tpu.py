@@ -52,10 +52,12 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     for dtype in (q.dtype, pool.dtype):
         if why := why_not(dtype, q.shape[2], sinks=sinks, alibi=alibi):
             raise ValueError(f"paged attention on a TPU: {why}")
-    _, heads, dim = q.shape
-    group = heads // k.shape[1]
+    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
     places, width = pool.shape[2] // 2, pool.shape[3]
-    q, k, v = _pad(q, places * group, width), _pad(k, places, width), _pad(v, places, width)
+    members = _members(group, places, pool.dtype.itemsize)
+    q = _pad(q.reshape(rows, kv_heads, group, dim), places, members, width)
+    q, k, v = q.reshape(rows, -1, width), _pad(k, places, width), _pad(v, places, width)
     # a batch of padding alone has one row of the dummy block: the kernel waits for what it has asked for
     lens = jnp.maximum(meta.q_lens, jnp.arange(meta.q_lens.shape[0]) == 0)
     with _modes(interpret, q.dtype):
@@ -72,7 +74,8 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
             soft_cap=masking.soft_cap or None,
             **_sizes(q, pool, meta),
         )
-    return out[:, :heads, :dim], pool
+    out = out.reshape(rows, places, members, width)[:, :kv_heads, :group, :dim]
+    return out.reshape(rows, heads, dim), pool
 
 
 def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array) -> jax.Array:
@@ -148,11 +151,16 @@ def _in_tiles(kv_heads: int, itemsize: int) -> int:
     return 1 << (kv_heads - 1).bit_length() if kv_heads <= tile else _multiple(kv_heads, tile)
 
 
+def _members(group: int, places: int, itemsize: int) -> int:
+    """Query heads of a KV head, padding included: a program's share of many has eight at least."""
+    tile = TILE_BYTES // (2 * itemsize)
+    return max(group, 8 // tile) if places > tile else group
+
+
 def _multiple(x: int, of: int) -> int:
     return math.ceil(x / of) * of
 
 
-def _pad(x: jax.Array, heads: int, dim: int) -> jax.Array:
-    """x [N, heads, dim] with zeros after its heads and numbers."""
-    have = x.shape[1:]
-    return x if have == (heads, dim) else jnp.pad(x, ((0, 0), (0, heads - have[0]), (0, dim - have[1])))
+def _pad(x: jax.Array, *sizes: int) -> jax.Array:
+    """x [N, *sizes], with zeros after what it has."""
+    return jnp.pad(x, [(0, 0), *((0, size - have) for size, have in zip(sizes, x.shape[1:], strict=True))])

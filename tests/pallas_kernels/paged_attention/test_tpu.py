@@ -83,6 +83,16 @@ def test_case(name):
 
 
 @interpreted
+def test_a_query_head_for_each_of_many_kv_heads():
+    """Which are padded to two in float32, or a program would have too few.
+
+    Two sequences: interpret mode forgets which of two buffers is next when a program of other heads begins.
+    """
+    check("tpu", make(Case("no groups", (1, 9), (20, 7), heads=6, kv_heads=6, pad_rows=2)))
+    lower(64, 8, 6, 6, 96, jnp.float32, layers=1)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [jnp.float32, BF16], ids=str)
 def test_what_another_sequence_left_behind_is_not_read(dtype):
     x = make(Case("stale", (1, 1, 7), (39, 2, 18), pad_rows=2, pad_seqs=1, dtype=dtype))
