@@ -41,6 +41,8 @@ TPU_LAYER = {"tpu": (2 * MIB, MIB), "xla": (8 * MIB, 5 * MIB)}
 """Of a layer in a mixed and in a decode program on a TPU, by the kind of attention."""
 SAMPLE_BYTES = 2 * MIB
 """Of a sample program."""
+ROUNDED_HIDDEN = {GPU: 12, TPU: 18}
+"""Bytes of a token's feature between layers whose products are rounded: measured with the compilers."""
 GPU_WORKSPACE = 64 * MIB
 """For cuBLAS (32 MiB on Hopper) and the partial results of split attention."""
 LARGEST_MESH = 64
@@ -182,7 +184,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
 
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
     bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
-    Rounded products are half as large, and XLA keeps two of them to add up in the next sum.
+    Rounded products are half as large, but XLA keeps several of them, to add them up in the next sum.
     Sampling holds the logits five times (in C++ once), and the next step's. A bound that
     tests/engine/test_memory.py holds against what the compiler says of the programs.
     """
@@ -199,7 +201,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
         mlp = result * tokens * width * (4 if case.config.quantization else 3)
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
-    hidden = tokens * dims.hidden_size * (4 + 2 * 2 if case.kernels.rounded else 4)
+    hidden = tokens * dims.hidden_size * (ROUNDED_HIDDEN[memory.platform] if case.kernels.rounded else 4)
     forward: int = hidden + layer + tables + logits + gathered
     workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
     kept = 2 if case.kernels.sampler == "cpu" else 6

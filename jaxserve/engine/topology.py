@@ -63,8 +63,9 @@ NOT_A_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Keeps libtpu from asking which TPU it is on."""
+"""Keeps libtpu from asking which TPU it is on, and from locking others out."""
 TARGET = """
 platform_name: "CUDA"
 device_description_str: "{name}"
