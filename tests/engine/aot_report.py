@@ -34,11 +34,13 @@ class Target(NamedTuple):
     device: str
     mesh: str
     steps: tuple[str, ...] = ()
+    attention: str = "auto"
 
 
 STEPS = "decode[1]", "decode[64]", "mixed[512]"
 TARGETS = {
     "8B h200": Target("llama-3.1-8b", "h200", "1x1", STEPS),
+    "8B h200 mosaic": Target("llama-3.1-8b", "h200", "1x1", STEPS, "mosaic"),
     "70B h200 4x1": Target("llama-3.1-70b", "h200", "4x1", STEPS),
     "8B v5e 4x1": Target("llama-3.1-8b", "v5e", "4x1"),
     "8B v6e": Target("llama-3.1-8b", "v6e", "1x1"),
@@ -51,7 +53,7 @@ KEPT = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditio
 def reports(name: str, dump: Dump) -> Iterator[dict[str, Any]]:
     target = TARGETS[name]
     path, there = CONFIGS / f"{target.model}.json", chip(target.device)
-    config = EngineConfig(model=str(path), mesh=target.mesh)
+    config = EngineConfig(model=str(path), mesh=target.mesh, attention=target.attention)
     mesh, memory = compiler_mesh(config, there), memory_of_chip(config, there)
     raw = json.loads(path.read_text())
     dtype = weight_type(config.dtype, raw, memory.platform)
