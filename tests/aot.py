@@ -1,6 +1,6 @@
 """What programs become on devices that are not here.
 
-    python -m tests.aot attention|steps [NAME ...]      compiles, and prints a table
+    python -m tests.aot attention|experts|steps [NAME ...]      compiles, and prints a table
     python -m tests.aot packages                        what that needs, for pip: compilers alone
 
 `make test-aot` does both, and tests what comes of it.
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 MODULES = {
     "attention": "tests.pallas_kernels.paged_attention.aot_report",
+    "experts": "tests.pallas_kernels.grouped_matmul.aot_report",
     "steps": "tests.engine.aot_report",
 }
 """Each has NAMES, and `reports(name, dump)`."""
