@@ -33,11 +33,12 @@ from bench.gpu.job import ROOT, ROWS, Job, append
 SECTIONS = {
     "ceilings": 25,
     "check": 85,
-    "engine": 245,
+    "engine": 235,
     "restart": 45,
     "kernels": 70,
+    "experts": 25,
     "torch_kernels": 25,
-    "peers": 60,
+    "peers": 55,
     "plots": 15,
 }
 """What runs, and for how many seconds: each has its share of the time that is left."""

@@ -156,6 +156,8 @@ def markdown(results: Results) -> str:
         "Milliseconds, and the part of the ceiling: the time that bytes need at the rate of a copy, or "
         "products at that of the large product, over the time it took.",
         _attention(results),
+        "## A product with experts",
+        _experts(results),
         "## Engine",
         _decode(results),
         _others(results),
@@ -172,7 +174,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _values(results: Results) -> str:
-    rows = results.of("check", "verdict")
+    rows = results.of("check", "verdict") + results.of("experts", "verdict")
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines = []
     for name in names:
@@ -209,6 +211,16 @@ def _attention(results: Results) -> str:
         )
         lines.append([what, *(_timed(results, mine.get(name)) for name in names), ratio])
     return table(["", *names, "best alternative / best of ours"], lines)
+
+
+def _experts(results: Results) -> str:
+    rows = results.of("experts", "by", "ms")
+    names = list(dict.fromkeys(row["by"] for row in rows))
+    lines = []
+    for tokens in sorted({row["tokens"] for row in rows}):
+        mine = {row["by"]: row for row in rows if row["tokens"] == tokens}
+        lines.append([f"{tokens:,}", *(_timed(results, mine.get(name)) for name in names)])
+    return table(["tokens", *names], lines)
 
 
 def _timed(results: Results, row: Row | None) -> str:
