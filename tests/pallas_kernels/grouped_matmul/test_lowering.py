@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxserve.pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -19,7 +20,7 @@ def target(platform: str):
     """Newer releases of jax ask which device the kernel is for."""
     if platform == "cuda" and jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+    from jax.sharding import AbstractDevice, AbstractMesh
 
     kind = {"cuda": ("NVIDIA H200", 132, "gpu"), "tpu": ("TPU v6 lite", 1, "tpu")}[platform]
     device = AbstractDevice(device_kind=kind[0], num_cores=kind[1], platform=kind[2])
@@ -27,7 +28,22 @@ def target(platform: str):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def trace(experts, tokens, implementation, dtype=BF16):
+def over_a_mesh(layer):
+    """Each device with its own experts: on a machine with one device, all of them."""
+    mesh = None  # that of `target`
+    if jax.__version_info__ < (0, 11):
+        mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,))
+    mine, whole = PartitionSpec("tensor"), PartitionSpec()
+    in_specs = (whole, mine, mine, whole, whole)
+
+    def part(x, gate_up, down, ids, shares):
+        ids = ids - jax.lax.axis_index("tensor") * len(down)
+        return jax.lax.psum(layer(x, gate_up, down, ids, shares), "tensor")
+
+    return jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+
+
+def trace(experts, tokens, implementation, dtype=BF16, sharded=False):
     def array(*sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -36,7 +52,8 @@ def trace(experts, tokens, implementation, dtype=BF16):
         array(experts.count, experts.dim, experts.width),
     )
     pairs = array(tokens, experts.k, dtype=jnp.int32), array(tokens, experts.k, dtype=jnp.float32)
-    jitted = jax.jit(partial(layer, implementation=implementation))
+    multiply = partial(layer, implementation=implementation)
+    jitted = jax.jit(over_a_mesh(multiply) if sharded else multiply)
     return jitted.trace(array(tokens, experts.dim), *weights, *pairs)
 
 
@@ -58,6 +75,10 @@ def test_a_product_is_one_kernel_on_a_gpu(experts, tokens, dtype):
     text = lower(experts, tokens, "gpu", dtype=dtype)
     assert len(names(text)) == 2
     assert "stablehlo.while" not in text and "stablehlo.dot" not in text
+
+
+def test_in_the_shard_map_of_a_mesh():
+    assert len(names(lower(QWEN, 64, "gpu", sharded=True))) == 2
 
 
 def test_a_deep_product_with_few_rows_is_split():

@@ -67,3 +67,22 @@ def test_a_mixture_of_experts(tokens, padding, implementation):
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got[:tokens], want, rtol=0, atol=2e-5)
     np.testing.assert_array_equal(got[tokens:], 0.0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gpu"])
+def test_experts_on_several_devices_add_up(implementation):
+    """Each device has some of them, and tells its own from others' by their numbers alone."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 16), np.float32)
+    gate_up, down = (rng.standard_normal(shape, np.float32) / 4 for shape in [(6, 24, 16), (6, 16, 12)])
+    ids = np.stack([rng.permutation(6)[:3] for _ in x]).astype(np.int32)
+    ids[15:] = rng.permutation(4)[:3]  # the last device has nothing to do for these
+    shares = rng.dirichlet(np.ones(3), 20).astype(np.float32)
+    run = jax.jit(mixture, static_argnums=5)
+    parts = [
+        run(x, gate_up[first : first + 2], down[first : first + 2], ids - first, shares, implementation)
+        for first in (0, 2, 4)
+    ]
+    want = run(x, gate_up, down, ids, shares, "reference")
+    np.testing.assert_allclose(sum(parts), want, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(parts[2][15:], 0.0)
