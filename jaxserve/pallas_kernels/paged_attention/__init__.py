@@ -12,21 +12,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta, ragged_meta
-from jaxserve.pallas_kernels.paged_attention.pool import PoolShape
+from jaxserve.pallas_kernels.paged_attention.pool import Pool, PoolShape, Scaled
 from jaxserve.pallas_kernels.paged_attention.rotation import Rotation, rotate
 
 __all__ = [
     "AttentionMeta",
     "Implementation",
     "Masking",
+    "Pool",
     "PoolShape",
     "Rotation",
+    "Scaled",
     "empty_pool",
     "paged_attention",
     "pool_shape",
     "ragged_meta",
     "read",
     "why_not",
+    "why_not_scaled",
 ]
 
 Implementation = Literal["reference", "xla", "gpu", "mosaic", "tpu", "cpu"]
@@ -53,6 +56,13 @@ def pool_shape(shape: PoolShape, implementation: Implementation, shards: int = 1
     return shape
 
 
+def why_not_scaled(implementation: Implementation) -> str:
+    """Why an implementation does not serve pools of 8 bits; empty when it does."""
+    names = {"cpu": "the C++ kernel", "mosaic": "the Mosaic kernel", "tpu": "the TPU's kernel"}
+    name = names.get(implementation)
+    return f"{name} reads KV of the weights' type" if name else ""
+
+
 def why_not(implementation: Implementation, dtype: Any, head_dim: int) -> str:
     """Why an implementation does not serve such heads; empty when it does."""
     if implementation == "tpu":
@@ -62,20 +72,20 @@ def why_not(implementation: Implementation, dtype: Any, head_dim: int) -> str:
     return ""
 
 
-def empty_pool(shape: PoolShape, implementation: Implementation = "xla") -> jax.Array:
+def empty_pool(shape: PoolShape, implementation: Implementation = "xla") -> Pool:
     """A layer's pool of zeros."""
     if implementation == "cpu":
         from jaxserve.pallas_kernels.paged_attention import cpu
 
         return cpu.empty_pool(shape)
-    return jnp.zeros(shape.shape, shape.storage)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape.arrays)
 
 
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
     meta: AttentionMeta,
     rotation: Rotation | None = None,
     *,
@@ -86,19 +96,22 @@ def paged_attention(
     alibi: jax.Array | None = None,
     implementation: Implementation = "xla",
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pool]:
     """Causal attention of N query rows over a paged pool that first receives their k and v.
 
     q `[N, heads, dim]`, k and v `[N, kv_heads, dim]` (query head h reads KV head h // (heads // kv_heads)),
-    pool `[num_blocks, 2, kv_heads, block_size, dim]` or as `pool_shape` has it, `sinks` and `alibi` float32
-    `[heads]` (a sink is an extra logit that takes mass and gives nothing; ALiBi adds slope * (key position -
-    query position)).
+    pool `[num_blocks, 2, kv_heads, block_size, dim]`, `Scaled` or as `pool_shape` has it, `sinks` and `alibi`
+    float32 `[heads]` (a sink is an extra logit that takes mass and gives nothing; ALiBi adds slope * (key
+    position - query position)).
     `rotation` turns q and k first, in float32. Then the three are rounded to `dtype`, that of q if it is not
-    given. Returns out `[N, heads, dim]` of q's type (undefined in padding rows) and the pool. Softmax and
-    accumulation are float32. `interpret` runs Pallas kernels in interpret mode.
+    given, and k and v to 8 bits for a pool of these. Returns out `[N, heads, dim]` of q's type (undefined in
+    padding rows) and the pool. Softmax and accumulation are float32. `interpret` runs Pallas kernels in
+    interpret mode. Raises ValueError where `why_not_scaled` has a reason.
     """
     kind, dtype = q.dtype, dtype or q.dtype
     options = {"scale": scale, "masking": masking, "sinks": sinks, "alibi": alibi}
+    if isinstance(pool, Scaled) and (missing := why_not_scaled(implementation)):
+        raise ValueError(f"{missing}, not of 8 bits")
     if implementation == "cpu":
         from jaxserve.pallas_kernels.paged_attention import cpu
 
@@ -129,7 +142,7 @@ def paged_attention(
     return out.astype(kind), pool
 
 
-def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array, implementation: Implementation) -> jax.Array:
+def read(pool: Pool, blocks: jax.Array, slots: jax.Array, implementation: Implementation) -> Pool:
     """Keys and values `[N, 2, kv_heads, dim]` in these slots of these blocks, as the pool stores them."""
     if implementation == "cpu":
         from jaxserve.pallas_kernels.paged_attention import cpu
@@ -139,4 +152,4 @@ def read(pool: jax.Array, blocks: jax.Array, slots: jax.Array, implementation: I
         from jaxserve.pallas_kernels.paged_attention import tpu
 
         return tpu.read(pool, blocks, slots)
-    return pool[blocks, :, :, slots]
+    return jax.tree.map(lambda x: x[blocks, :, :, slots], pool)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
-from jaxserve.pallas_kernels.paged_attention.pool import decode, write
+from jaxserve.pallas_kernels.paged_attention.pool import decode, parts, write
 from jaxserve.pallas_kernels.paged_attention.tiles import (
     LOG2E,
     NEVER,
@@ -34,20 +34,23 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     pool = write(pool, k, v, meta)
     rows, heads, _ = q.shape
     seqs, width = meta.block_tables.shape
-    group = heads // pool.shape[2]
+    numbers, scales = parts(pool)
+    _, _, kv_heads, size, dim = numbers.shape
+    group = heads // kv_heads
     singles = min(rows, seqs)  # a batch with sequences of several rows has more rows than sequences
-    # the type of both products: 16 bits only where both q and the pool's numbers have it
-    dtype = jnp.promote_types(q.dtype, q.dtype if pool.dtype == jnp.uint16 else pool.dtype)
+    # the type of both products: 16 bits only where both q and the pool's numbers have it, or these have 8
+    own = scales is not None or numbers.dtype == jnp.uint16
+    dtype = jnp.promote_types(q.dtype, q.dtype if own else numbers.dtype)
     attend = partial(
         _attend, q, pool=pool, meta=meta, dtype=dtype, scale=scale, masking=masking, sinks=sinks, alibi=alibi,
         interpret=interpret,
     )  # fmt: skip
-    one = variant("rows", group, pool.shape[4], dtype.itemsize)
-    splits = num_splits(singles * pool.shape[2], width * pool.shape[3], one.tile)
+    one = variant("rows", group, dim, dtype.itemsize, scales is not None)
+    splits = num_splits(singles * kv_heads, width * size, one.tile)
     out = attend(singles, None, one, rows=1, splits=splits)
     if rows == singles:
         return out, pool
-    many = variant("tiles", group, pool.shape[4], dtype.itemsize)
+    many = variant("tiles", group, dim, dtype.itemsize, scales is not None)
     per_tile = max(1, many.block_m // group)
     rest = attend(rows, query_tiles(meta, rows, per_tile), many, rows=per_tile, splits=1)
     return join(out, rest, meta), pool
@@ -60,7 +63,7 @@ def _attend(
     """out [n, heads, dim] of q's type in the rows that the tiles hold; undefined in others. Without tiles a
     program takes one of the first n rows, where a sequence has only that one."""
     _, heads, dim = q.shape
-    kv_heads = pool.shape[2]
+    kv_heads = parts(pool)[0].shape[2]
     kernel = partial(
         _kernel, rows=rows, group=heads // kv_heads, block_m=v.block_m, tile=v.tile, splits=splits,
         dtype=dtype, scale=scale, masking=masking,
@@ -68,8 +71,8 @@ def _attend(
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((n, heads, dim), q.dtype)]
     else:
-        parts = [(splits, n, heads, dim), (splits, n, heads), (splits, n, heads)]
-        out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in parts]
+        pieces = [(splits, n, heads, dim), (splits, n, heads), (splits, n, heads)]
+        out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in pieces]
     sinks, alibi = (x if x is None else x.astype(jnp.float32) for x in (sinks, alibi))
     outs = pl.pallas_call(
         kernel,
@@ -83,12 +86,16 @@ def _attend(
 
 
 def _kernel(
-    tiles: Tiles | None, meta: AttentionMeta, q_ref, pool_ref, sinks_ref, alibi_ref, *outs,
+    tiles: Tiles | None, meta: AttentionMeta, q_ref, pool, sinks_ref, alibi_ref, *outs,
     rows, group, block_m, tile, splits, dtype, scale, masking,
 ):  # fmt: skip
     """One tile of one KV head and one split: out, or the split's (weighted sum, maximum, mass)."""
     t, kv_head, split = (pl.program_id(i) for i in range(3))
-    block_size, dim = pool_ref.shape[3:]
+    numbers_ref, scales_ref = parts(pool)
+    block_size, dim = numbers_ref.shape[3:]
+    # scales are part of the weights before they are rounded: float16 is too narrow for these, and 8 bits are
+    # exact in bfloat16 too
+    weight = jnp.bfloat16 if scales_ref is not None and dtype == jnp.float16 else dtype
     seq = tiles.seq[t] if tiles else t
     start, q_len = meta.starts[seq], meta.q_lens[seq]
     first = tiles.first[t] if tiles else jnp.where(q_len == 1, 0, jnp.int32(NO_ROW))
@@ -132,12 +139,21 @@ def _kernel(
             # masked, not only out of sight: slots that this sequence has not written may hold NaN
             kv_mask = in_context[:, None] & in_dim[None, :]
 
-            def load(which):
-                at = (page[:, None], which, kv_head, (pos % block_size)[:, None], d[None, :])
-                stored = triton.load(pool_ref.at[at], mask=kv_mask, other=jnp.zeros((), pool_ref.dtype))
-                return decode(stored, q_ref.dtype if pool_ref.dtype == jnp.uint16 else dtype).astype(dtype)
+            slot = pos % block_size
 
-            logits = dot(q.astype(dtype), load(0).T) * scale
+            def load(which, kind):
+                at = (page[:, None], which, kv_head, slot[:, None], d[None, :])
+                stored = triton.load(numbers_ref.at[at], mask=kv_mask, other=jnp.zeros((), numbers_ref.dtype))
+                return decode(stored, q_ref.dtype if numbers_ref.dtype == jnp.uint16 else kind).astype(kind)
+
+            def scaled(x, which):
+                """x [M, tile] by the scales of these keys or values."""
+                if scales_ref is None:
+                    return x
+                at = (page, which, kv_head, slot)
+                return x * triton.load(scales_ref.at[at], mask=in_context, other=0.0)[None, :]
+
+            logits = scaled(dot(q.astype(dtype), load(0, dtype).T), 0) * scale
             if masking.soft_cap:
                 logits = masking.soft_cap * jnp.tanh(logits / masking.soft_cap)
             ahead = pos[None, :] - q_pos
@@ -151,7 +167,7 @@ def _kernel(
             # a row that has seen nothing has the maximum NEVER: its weights are 0, not exp2(0)
             weights = jnp.where(visible, jnp.exp2(logits - new_top[:, None]), 0.0)
             keep = jnp.exp2(top - new_top)
-            acc = acc * keep[:, None] + dot(weights.astype(dtype), load(1))
+            acc = acc * keep[:, None] + dot(scaled(weights, 1).astype(weight), load(1, weight))
             return new_top, mass * keep + weights.sum(axis=1), acc
 
         top = jnp.full((block_m,), NEVER, jnp.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.pallas_kernels.paged_attention.meta import AttentionMeta
-from jaxserve.pallas_kernels.paged_attention.pool import decode, write
+from jaxserve.pallas_kernels.paged_attention.pool import Pool, decode, parts, write
 
 
 def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks, alibi):
@@ -40,10 +40,13 @@ def paged_attention(q, k, v, pool, meta: AttentionMeta, *, scale, masking, sinks
     return out.astype(q.dtype), pool
 
 
-def _contexts(pool: jax.Array, meta: AttentionMeta, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _contexts(pool: Pool, meta: AttentionMeta, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Keys and values, float32 `[N, kv_heads, C, dim]`, of every slot in the block table of each row."""
-    blocks = pool[meta.block_tables[meta.row_seq]]  # [N, W, 2, kv_heads, block_size, dim]
+    numbers, scales = parts(pool)
+    tables = meta.block_tables[meta.row_seq]
+    blocks = decode(numbers[tables], dtype).astype(jnp.float32)  # [N, W, 2, kv_heads, block_size, dim]
+    if scales is not None:
+        blocks *= scales[tables][..., None]
     n, width, _, heads, size, dim = blocks.shape
-    blocks = decode(blocks, dtype).astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)
-    blocks = blocks.reshape(n, 2, heads, width * size, dim)
+    blocks = blocks.transpose(0, 2, 3, 1, 4, 5).reshape(n, 2, heads, width * size, dim)
     return blocks[:, 0], blocks[:, 1]

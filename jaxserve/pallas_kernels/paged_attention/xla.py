@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.pallas_kernels.paged_attention.meta import MASKED, AttentionMeta
-from jaxserve.pallas_kernels.paged_attention.pool import decode, write
+from jaxserve.pallas_kernels.paged_attention.pool import decode, parts, write
 
 CHUNK = 256
 """Context tokens that one turn of a loop attends to."""
@@ -124,19 +124,25 @@ def _attend(q, q_pos, tables, *, pool, number, masking, heads):
     q is scaled already and float32, as the products are; q_pos [B, M] or [B, 1] or [1, M] (MASKED
     rows see nothing); tables [S, W]; `number` is the type of the pool's numbers.
     """
-    _, _, kv_heads, size, dim = pool.shape
+    numbers, scales = parts(pool)
+    _, _, kv_heads, size, dim = numbers.shape
     width = tables.shape[1]
     pages = max(1, CHUNK // size)  # whatever the table's width: the order of sums depends on it
     chunk = pages * size
     padded = jnp.pad(tables, ((0, 0), (0, -width % pages)))
-    flat = pool.reshape(-1, size, dim)
     planes = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     batch, rows = q.shape[:2]
 
     def gather(blocks, plane):
-        index = blocks[:, None, :] * (2 * kv_heads) + plane + planes
-        got = flat.at[index.reshape(batch, pages)].get(mode="promise_in_bounds")
-        return decode(got.reshape(batch, chunk, dim), number).astype(jnp.float32)
+        index = (blocks[:, None, :] * (2 * kv_heads) + plane + planes).reshape(batch, pages)
+
+        def get(array):
+            got = array.reshape(-1, *array.shape[3:]).at[index].get(mode="promise_in_bounds")
+            return got.reshape(batch, chunk, *array.shape[4:])
+
+        got = decode(get(numbers), number).astype(jnp.float32)
+        # with the numbers, which are widened in memory anyway
+        return got if scales is None else got * get(scales)[..., None]
 
     def body(i, state: _Softmax) -> _Softmax:
         blocks = lax.dynamic_slice_in_dim(padded, i * pages, pages, axis=1)

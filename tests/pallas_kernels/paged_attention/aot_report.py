@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.topology import chip, compiler_mesh
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, paged_attention
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, paged_attention
 from tests.aot import Dump
 from tests.hlo import instructions
 
@@ -24,6 +24,7 @@ class Shape(NamedTuple):
     kv_heads: int
     dim: int
     dtype: str = "bfloat16"
+    kv: str | None = None
     masking: Masking = Masking()
     implementation: str = "gpu"
     device: str = "h200"
@@ -42,6 +43,11 @@ SHAPES = {
     "gemma head size 256 decode": Shape(16, 16, 8, 4, 256, masking=Masking(1024, 50.0)),
     "gemma head size 256 mixed": Shape(512, 16, 8, 4, 256, masking=Masking(1024, 50.0)),
     "head size 256 mixed f32": Shape(512, 16, 8, 4, 256, "float32"),
+    "llama-8b mixed 512 int8": Shape(512, 64, 32, 8, 128, kv="int8"),
+    "llama-8b mixed 512 fp8": Shape(512, 64, 32, 8, 128, kv="float8_e4m3fn"),
+    "head size 256 mixed int8": Shape(512, 16, 8, 4, 256, masking=Masking(1024, 50.0), kv="int8"),
+    "head size 256 mixed fp8": Shape(512, 16, 8, 4, 256, masking=Masking(1024, 50.0), kv="float8_e4m3fn"),
+    "llama-8b mixed 512 int8 f32": Shape(512, 8, 32, 8, 128, "float32", kv="int8"),
     "mosaic llama-8b decode 64": Shape(64, 64, 32, 8, 128, implementation="mosaic"),
     "mosaic llama-8b mixed 2048": Shape(2048, 64, 32, 8, 128, implementation="mosaic"),
     "mosaic smollm2 mixed 512": Shape(512, 64, 9, 3, 64, implementation="mosaic"),
@@ -71,7 +77,8 @@ def reports(name: str, dump: Dump) -> Iterator[dict[str, Any]]:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
     rows, seqs, dtype = shape.rows, shape.seqs, shape.dtype
-    pools = [array(BLOCKS, 2, shape.kv_heads, BLOCK_SIZE, shape.dim, dtype=dtype) for _ in range(LAYERS)]
+    like = PoolShape(BLOCKS, shape.kv_heads, BLOCK_SIZE, shape.dim, jnp.dtype(shape.kv or dtype))
+    pools = [jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), like.arrays) for _ in range(LAYERS)]
     q, kv = (array(rows, heads, shape.dim, dtype=dtype) for heads in (shape.heads, shape.kv_heads))
     tables = array(seqs, CONTEXT // BLOCK_SIZE)
     meta = AttentionMeta(tables, array(seqs), array(seqs), array(seqs), array(rows), array(rows))
@@ -80,8 +87,9 @@ def reports(name: str, dump: Dump) -> Iterator[dict[str, Any]]:
         jitted = jax.jit(partial(step, shape=shape), donate_argnums=0)
         compiled = jitted.lower(pools, q, kv, kv, meta).compile()
     run, memory = list(instructions(compiled.as_text())), compiled.memory_analysis()
-    pool = pools[0].size * pools[0].dtype.itemsize
-    copied = [each for each in run if "copy" in each.name and pools[0].size in each.elements]
+    pool = like.num_blocks * like.block_bytes
+    sizes = {array.size for array in jax.tree.leaves(pools)}
+    copied = [each for each in run if "copy" in each.name and not sizes.isdisjoint(each.elements)]
     found = {
         "shape": name,
         "implementation": shape.implementation,

@@ -10,8 +10,10 @@ import numpy as np
 from jaxserve.pallas_kernels.paged_attention import (
     AttentionMeta,
     Masking,
+    Pool,
     PoolShape,
     Rotation,
+    Scaled,
     pool_shape,
     ragged_meta,
     read,
@@ -45,6 +47,8 @@ class Case:
     """Entries of the block table that no sequence needs."""
     gap: int = 0
     """Padding rows between the single-row sequences and the others."""
+    zeros: bool = False
+    """Keys and values of every other token are 0."""
     shared_blocks: int = 0
     """Leading blocks that sequence 1 has in common with sequence 0."""
 
@@ -57,7 +61,7 @@ class Inputs:
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    pool: jax.Array
+    pool: Pool
     meta: AttentionMeta
     options: dict[str, Any]
     """scale, masking, sinks, alibi and dtype."""
@@ -69,6 +73,7 @@ class Inputs:
 
 
 BF16 = jnp.bfloat16
+INT8, FP8 = jnp.int8, jnp.float8_e4m3fn
 DECODE = ((1, 1, 1), (4, 32, 16))
 MIXED = ((1, 1, 7, 12), (39, 2, 0, 18))
 
@@ -120,6 +125,33 @@ CASES = [
     Case("rotary f16 bits", *MIXED, dim=256, rotary=True, dtype=jnp.float16, bits=True),
 ]
 
+EVERYTHING = {"heads": 9, "kv_heads": 3, "dim": 80, "window": 11, "soft_cap": 3.0}
+EVERYTHING |= {"sinks": True, "alibi": True}
+IN_8_BITS = [
+    Case(f"{number.__name__} {name}", *batch, pool_dtype=number, **layer)
+    for number in (INT8, FP8)
+    for name, batch, layer in [
+        ("decode", DECODE, {}),
+        ("decode bf16", DECODE, {"dtype": BF16}),
+        ("decode long window", ((1, 1), (300, 63)), {"window": 100}),
+        ("decode long sinks", ((1, 1), (300, 63)), {"sinks": True}),
+        ("mixed", MIXED, {}),
+        ("mixed bf16", MIXED, {"dtype": BF16}),
+        ("mixed f16 bits", MIXED, {"dtype": jnp.float16, "bits": True}),
+        ("mixed gap", MIXED, {"pad_rows": 3, "gap": 3}),
+        ("shared prefix", ((1, 1), (40, 37)), {"shared_blocks": 2}),
+        ("only padding", ((), ()), {"pad_seqs": 2, "pad_rows": 20}),
+        *((f"head size {dim}", MIXED, {"dim": dim}) for dim in (20, 80, 256)),
+        ("block size 64", MIXED, {"block_size": 64}),
+        ("soft cap", MIXED, {"soft_cap": 2.0}),
+        ("alibi", MIXED, {"alibi": True}),
+        ("rows of zeros", MIXED, {"zeros": True, "pad_rows": 2}),
+        ("rotary bf16", MIXED, {"rotary": True, "dtype": BF16}),
+        ("everything", MIXED, EVERYTHING),
+        ("everything bf16", MIXED, EVERYTHING | {"dtype": BF16}),
+    ]
+]
+
 
 def make(case: Case, seed: int = 0) -> Inputs:
     """Random inputs for a case; slots of the pool that hold no context have values that would show."""
@@ -149,7 +181,9 @@ def make(case: Case, seed: int = 0) -> Inputs:
     for i in range(seqs):
         p = np.arange(case.starts[i])
         live[tables[i, p // case.block_size], p % case.block_size] = True
-    pool = np.where(live[:, None, None, :, None], pool, 1000.0).astype(number).view(shape.storage)
+    if case.zeros:
+        pool[..., ::2, :] = 0.0
+    pool = jax.tree.map(jnp.asarray, stored(np.where(live[:, None, None, :, None], pool, 1000.0), shape))
 
     def normal(heads):
         kind = jnp.float32 if case.rotary else case.dtype
@@ -164,9 +198,11 @@ def make(case: Case, seed: int = 0) -> Inputs:
         "dtype": case.dtype if case.rotary else None,
     }
     q, k, v = normal(case.heads), normal(case.kv_heads), normal(case.kv_heads)
+    if case.zeros:
+        k, v = k.at[::2].set(0.0), v.at[::2].set(0.0)
     angles = rng.uniform(0, 2 * np.pi, (rows, case.dim // 2)).astype(np.float32)
     rotation = Rotation(jnp.cos(angles), jnp.sin(angles)) if case.rotary else None
-    return Inputs(q, k, v, jnp.asarray(pool), meta, options, rotation)
+    return Inputs(q, k, v, pool, meta, options, rotation)
 
 
 def _with_gap(meta: AttentionMeta, singles: int, gap: int) -> AttentionMeta:
@@ -177,8 +213,23 @@ def _with_gap(meta: AttentionMeta, singles: int, gap: int) -> AttentionMeta:
     return meta._replace(q_rows=q_rows, row_seq=meta.row_seq[order], row_pos=meta.row_pos[order])
 
 
-def numbers(stored: jax.Array, dtype: Any) -> np.ndarray:
-    """float64 of what a pool stores; `dtype` is what its bits mean."""
+def stored(x: np.ndarray, like: PoolShape) -> Any:
+    """Numbers [..., dim] as such a pool stores them."""
+    if not like.scaled:
+        return x.astype(like.dtype).view(like.storage)
+    x, largest = x.astype(np.float32), np.float32(jnp.finfo(FP8).max if like.dtype == FP8 else 127)
+    top = np.abs(x).max(axis=-1, initial=0.0)
+    x = x * np.divide(largest, top, out=np.zeros_like(top), where=top > 0)[..., None]
+    x = x if like.dtype == FP8 else np.rint(x)
+    return Scaled(x.astype(like.dtype).view(like.storage), top * (1 / largest))
+
+
+def numbers(stored: Any, dtype: Any) -> np.ndarray:
+    """float64 of what a pool stores; `dtype` is what its bits mean, where it has 16."""
+    if isinstance(stored, Scaled):
+        x = np.asarray(stored.numbers)
+        x = x.view(FP8) if x.dtype == np.uint8 else x
+        return x.astype(np.float64) * np.asarray(stored.scales, np.float64)[..., None]
     x = np.asarray(stored)
     return (x.view(jnp.dtype(dtype)) if x.dtype == np.uint16 else x).astype(np.float64)
 
@@ -193,24 +244,27 @@ def rotated(x: Inputs, queries: jax.Array) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag], axis=2).astype(np.float32)
 
 
-def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+def oracle(x: Inputs) -> tuple[np.ndarray, Any]:
     """(out float64 `[N, heads, dim]`, pool as stored), one sequence, row and head at a time."""
-    number = x.dtype if x.pool.dtype == jnp.uint16 else x.pool.dtype
+    pool = jax.tree.map(np.array, x.pool)
+    kind = pool.numbers.dtype if isinstance(pool, Scaled) else pool.dtype
+    number = jnp.dtype({"uint16": x.dtype, "uint8": FP8}.get(kind.name, kind))
     q = np.asarray(rotated(x, x.q).astype(x.dtype), np.float64)
-    k, v = (a.astype(number).view(x.pool.dtype) for a in (rotated(x, x.k), np.asarray(x.v)))
-    pool = np.array(x.pool)
+    rows = np.stack([rotated(x, x.k).astype(x.dtype), np.asarray(x.v).astype(x.dtype)], axis=1)
+    rows = stored(rows, PoolShape(0, 0, 0, 0, number, kind == np.uint16))
     meta = AttentionMeta(*map(np.asarray, x.meta))
-    size = pool.shape[3]
-    group = q.shape[1] // k.shape[1]
+    size = jax.tree.leaves(pool)[0].shape[3]
+    group = q.shape[1] // x.k.shape[1]
     scale, (window, cap) = x.options["scale"], x.options["masking"]
     for s, n in enumerate(meta.q_lens):
         for i in range(n):
             p = meta.starts[s] + i
             block = meta.block_tables[s, p // size]
-            pool[block, :, :, p % size] = np.stack([k[meta.q_rows[s] + i], v[meta.q_rows[s] + i]])
+            for array, new in zip(*map(jax.tree.leaves, (pool, rows)), strict=True):
+                array[block, :, :, p % size] = new[meta.q_rows[s] + i]
 
     out = np.zeros(q.shape)
-    content = numbers(pool, number)
+    content = numbers(pool, x.dtype)
     for s, n in enumerate(meta.q_lens):
         for i in range(n):
             row, p = meta.q_rows[s] + i, meta.starts[s] + i
@@ -230,7 +284,7 @@ def oracle(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return out, pool
 
 
-def stored_for(implementation: str, pool: jax.Array) -> jax.Array:
+def stored_for(implementation: str, pool: Any) -> Any:
     """A pool as an implementation keeps it, of one as `pool.py` describes it."""
     if implementation == "tpu":
         blocks, _, heads, size, dim = pool.shape
@@ -247,8 +301,11 @@ def stored_for(implementation: str, pool: jax.Array) -> jax.Array:
     return jnp.asarray(np.stack([part.reshape(blocks, heads, size, dim) for part in (keys, values)], axis=1))
 
 
-def plain(implementation: str, pool: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse; `shape` is that of the described pool."""
+def plain(implementation: str, pool: Any, like: Any) -> Any:
+    """The inverse; `like` is a pool as `pool.py` describes it."""
+    if implementation not in ("cpu", "tpu"):
+        return jax.tree.map(np.asarray, pool)
+    shape = like.shape
     blocks, _, heads, size, dim = shape
     at = np.indices((blocks, size)).reshape(2, -1)
     rows = np.asarray(read(pool, *at, implementation))[:, :, :heads, :dim]

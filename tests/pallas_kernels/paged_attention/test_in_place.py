@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.pallas_kernels.paged_attention import PoolShape, paged_attention, ragged_meta
+from jaxserve.pallas_kernels.paged_attention import PoolShape, empty_pool, paged_attention, ragged_meta
 from jaxserve.pallas_kernels.paged_attention.pool import write
 
 LAYERS, ROWS, SEQS, HEADS = 3, 8, 4, 4
@@ -32,15 +32,15 @@ NATIVE = pytest.param(attend_natively, marks=pytest.mark.compiler, id="native")
 STEPS = [attend_layers, NATIVE, write_layers]
 
 
-def compiled(step, bits: bool, dtype, blocks: int = 4096):
-    shape = PoolShape(blocks, 2, 16, 32, jnp.dtype(dtype), bits)
+def compiled(step, bits: bool, dtype, blocks: int = 4096, number=None):
+    shape = PoolShape(blocks, 2, 16, 32, jnp.dtype(number or dtype), bits)
 
     def arrays():
         meta = ragged_meta(
             jnp.zeros((SEQS, 16), jnp.int32), jnp.zeros(SEQS, jnp.int32), jnp.ones(SEQS, jnp.int32), ROWS
         )
         kv = jnp.zeros((ROWS, shape.kv_heads, shape.head_dim), dtype)
-        pools = [jnp.zeros(shape.shape, shape.storage)] * LAYERS
+        pools = [empty_pool(shape)] * LAYERS
         return pools, jnp.zeros((ROWS, HEADS, shape.head_dim), dtype), kv, kv, meta
 
     step = jax.jit(step, donate_argnums=0)
@@ -57,6 +57,17 @@ def test_layers_leave_their_pools_in_place(step, dtype, bits):
     assert not pool_sized_copies(program.as_text(), shape)
 
 
+@pytest.mark.parametrize("step", [attend_layers, write_layers])
+@pytest.mark.parametrize("number", [jnp.int8, jnp.float8_e4m3fn], ids=str)
+def test_pools_of_8_bits_stay_in_place_with_their_scales(step, number):
+    program, shape = compiled(step, True, jnp.bfloat16, number=number)
+    memory, pool_bytes = program.memory_analysis(), shape.num_blocks * shape.block_bytes
+    assert memory.alias_size_in_bytes >= LAYERS * pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 2
+    for array in jax.tree.leaves(shape.arrays):
+        assert not copies_of_size(program.as_text(), array.size)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_temporaries_do_not_grow_with_the_pool(step):
     small, large = (compiled(step, True, jnp.bfloat16, blocks)[0].memory_analysis() for blocks in (512, 4096))
@@ -65,8 +76,12 @@ def test_temporaries_do_not_grow_with_the_pool(step):
 
 def pool_sized_copies(hlo: str, shape: PoolShape) -> list[str]:
     """Instructions of the optimised program that make another array with as many elements as a pool."""
+    return copies_of_size(hlo, math.prod(shape.shape))
+
+
+def copies_of_size(hlo: str, size: int) -> list[str]:
     made = re.findall(r"\w+\[([\d,]+)\]\S* (copy|copy-start|convert|transpose|broadcast)\(", hlo)
-    return [op for dims, op in made if math.prod(map(int, dims.split(","))) == math.prod(shape.shape)]
+    return [op for dims, op in made if math.prod(map(int, dims.split(","))) == size]
 
 
 def test_a_copy_would_be_found():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, paged_attention
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Masking, PoolShape, paged_attention
 from jaxserve.pallas_kernels.paged_attention.tuning.gpu import num_splits, variant
 
 LLAMA_8B, SMOLLM2 = (32, 8, 128), (9, 3, 64)
@@ -38,6 +38,7 @@ def trace(
     extras=(),
     implementation="gpu",
     sharded=False,
+    kv_dtype=None,
 ):
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -50,7 +51,7 @@ def trace(
         array(seqs, CONTEXT // BLOCK_SIZE), array(seqs), array(seqs), array(seqs), array(rows), array(rows)
     )
     q, kv = array(rows, heads, dim, dtype=dtype), array(rows, kv_heads, dim, dtype=dtype)
-    pool = array(1024, 2, kv_heads, BLOCK_SIZE, dim, dtype=dtype)
+    pool = PoolShape(1024, kv_heads, BLOCK_SIZE, dim, jnp.dtype(kv_dtype or dtype)).arrays
     per_head = [array(heads, dtype=jnp.float32) for _ in extras]
     if sharded:
         attend = over_a_mesh(attend)
@@ -114,6 +115,21 @@ def test_every_kind_of_masking(implementation):
 @pytest.mark.parametrize("implementation", ["gpu", "mosaic"])
 def test_in_the_shard_map_of_a_mesh(implementation):
     assert len(kernels(lower(64, 8, *LLAMA_8B, implementation=implementation, sharded=True))) == 2
+
+
+@pytest.mark.parametrize("kv", [jnp.int8, jnp.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=str)
+def test_kv_of_8_bits(kv, dtype):
+    options = {"dtype": dtype, "masking": Masking(512, 30.0), "extras": ("sinks", "alibi"), "kv_dtype": kv}
+    assert len(kernels(lower(64, 8, *LLAMA_8B, **options))) == 2
+    assert len(kernels(lower(64, 8, *LLAMA_8B, dtype=dtype, kv_dtype=kv, sharded=True))) == 2
+
+
+@pytest.mark.parametrize("kv", [jnp.int8, jnp.float8_e4m3fn], ids=str)
+def test_kv_of_8_bits_on_a_tpu(kv):
+    traced = trace(64, 8, *LLAMA_8B, kv_dtype=kv, implementation="xla")
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert re.search(r"1024x2x8x16x128xu?i8", text) and "tpu_custom_call" not in text
 
 
 def test_float32_is_not_computed_in_tf32():

@@ -34,11 +34,24 @@ TABLE = {
     ("tiles", 4, 128): Variant(32, 32, 8, 2),
     ("tiles", 4, 256): Variant(16, 16, 8, 2),
 }
+# The same beside KV of 8 bits, which takes registers to widen: more warps have more. The tuner leaves them
+SCALED = {
+    ("rows", 2, 128): Variant(16, 64, 8, 3),
+    ("rows", 2, 256): Variant(16, 32, 8, 3),
+    ("rows", 4, 128): Variant(16, 32, 8, 2),
+    ("rows", 4, 256): Variant(16, 16, 8, 2),
+    ("tiles", 2, 128): Variant(64, 64, 4, 3),
+    ("tiles", 2, 256): Variant(64, 32, 8, 2),
+    ("tiles", 4, 256): Variant(16, 16, 8, 2),
+}
 
 
-def variant(kind: Literal["rows", "tiles"], group: int, head_dim: int, itemsize: int) -> Variant:
-    """For tiles of one query row or of many; `group` query heads share a KV head of `head_dim` numbers."""
-    for (of_kind, size, largest), found in merged("gpu", TABLE).items():
+def variant(
+    kind: Literal["rows", "tiles"], group: int, head_dim: int, itemsize: int, scaled: bool = False
+) -> Variant:
+    """For tiles of one query row or of many; `group` query heads share a KV head of `head_dim` numbers, of
+    `itemsize` bytes in products and, if `scaled`, of 8 bits in the pool."""
+    for (of_kind, size, largest), found in (SCALED if scaled else merged("gpu", TABLE)).items():
         if (of_kind, size) == (kind, itemsize) and head_dim <= largest:
             return found._replace(block_m=max(found.block_m, pl.next_power_of_2(group)))
     raise ValueError(
@@ -51,3 +64,9 @@ def num_splits(programs: int, longest_context: int, tile: int) -> int:
     """Splits of the context, a power of two, that fill the device with `programs` for each."""
     wanted = min((current().filled or FILLED) // programs, longest_context // tile, MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
+
+
+def addressable(count: int, block: int) -> int:
+    """Of `count` blocks of `block` 8-bit numbers, those that a kernel can read: in arrays of up to 4 GiB the
+    Triton backend of Pallas counts numbers in 32 bits, with a sign."""
+    return 2**31 // block if 2**31 < count * block <= 2**32 else count
