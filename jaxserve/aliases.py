@@ -16,6 +16,7 @@ RENAMED = {
 MESH = ("tensor_parallel_size", "data_parallel_size")
 VALUES = {
     "dtype": {"half": "float16", "float": "float32"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8"},
     "generation_config": {"vllm": "none"},
 }
 
@@ -36,7 +37,6 @@ FIXED = {
     "pipeline_parallel_size": Fixed(1, "a mesh has the axes tensor and data"),
     "enable_expert_parallel": Fixed(False, "a mesh has the axes tensor and data"),
     "enable_lora": Fixed(False, "adapters are not built yet"),
-    "kv_cache_dtype": Fixed("auto", "the KV cache has the type of the weights"),
     "revision": Fixed(None, "models come at their newest revision"),
     "cpu_offload_gb": Fixed(0, "weights stay on the device"),
     "swap_space": Fixed(0, "a preempted request is recomputed, not swapped"),

@@ -28,6 +28,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     quantization: Annotated[
         Literal["int8"] | None, about("int8: linear layers multiply integers of 8 bits; none: as stored")
     ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        about("type of the KV cache: auto: that of dtype; int8, fp8 (e4m3): 8 bits, with scales"),
+    ] = "auto"
     load_format: Annotated[
         Literal["auto", "dummy"], about("dummy: random weights, for measuring without a checkpoint")
     ] = "auto"

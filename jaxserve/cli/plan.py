@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 def show(plan: "Plan") -> str:
     """The plan for a person."""
+    kv = "" if plan.kv_cache_dtype == plan.dtype else f", KV cache {plan.kv_cache_dtype}"
     return "\n".join(
         [
-            f"{plan.model} on {plan.device}, mesh {plan.mesh}, {plan.dtype}",
+            f"{plan.model} on {plan.device}, mesh {plan.mesh}, {plan.dtype}{kv}",
             "",
             *_sizes(plan),
             "",

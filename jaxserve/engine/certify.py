@@ -265,12 +265,13 @@ class _Probing:
         return np.asarray(logits)
 
     def _written(self, rows: list[tuple[_Probe, int]]) -> list[np.ndarray]:
-        """Of each layer, keys and values [rows, 2, kv_heads, dim] of these positions."""
+        """Of each layer, keys and values [rows, 2, kv_heads, dim] of these positions, and their scales."""
         size = self._programs.shapes.pool.block_size
         at = np.array([(probe.request.blocks[p // size], p % size) for probe, p in rows], np.int32)
         most = sum(probe.end - probe.start for probe in (*self._tails, *self._wholes))
         at = np.pad(at, ((0, most - len(at)), (0, 0)))  # one shape: one program
-        return [np.asarray(self._read(pool, *at.T))[: len(rows)] for pool in self.kv]
+        found = jax.tree.leaves([self._read(pool, *at.T) for pool in self.kv])
+        return [np.asarray(array)[: len(rows)] for array in found]
 
 
 def _mixed(bucket: Bucket) -> bool:

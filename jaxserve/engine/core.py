@@ -123,7 +123,9 @@ class EngineCore:
         self._moved = threading.Event()
         if not self._on_host or self.model.mesh.size > 1:
             return
-        weights, pools = ([_place(array) for array in held] for held in (self.model.weights, self._kv))
+        weights, pools = (
+            [_place(array) for array in jax.tree.leaves(held)] for held in (self.model.weights, self._kv)
+        )
         args = weights, pools, self._moved
         threading.Thread(target=self._arrange_memory, args=args, name="memory", daemon=True).start()
 

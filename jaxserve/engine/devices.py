@@ -84,6 +84,11 @@ def weight_type(name: str, checkpoint: Any, platform: Platform) -> Any:
     return jnp.dtype(jnp.float16 if stored == "float16" and platform is GPU else jnp.bfloat16)
 
 
+def kv_type(name: str, weights: Any) -> Any:
+    """The type of the KV pool's numbers."""
+    return jnp.dtype({"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}.get(name, weights))
+
+
 class Memory(NamedTuple):
     """What one device has for an engine, before anything is loaded."""
 

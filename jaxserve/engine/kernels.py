@@ -68,18 +68,34 @@ def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     attention = attention_for(config, platform)
     if attention == "mosaic" and (missing := _no_hopper(mesh)):
         raise ConfigError(f"attention=mosaic cannot be had: {missing}")
+    if attention == "gpu" and config.kv_cache_dtype == "fp8" and (missing := _no_fp8(mesh)):
+        raise ConfigError(f"kv_cache_dtype=fp8 cannot be had: {missing}; int8 has no such limit")
     best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
     product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
     return Kernels(attention, product, sampler, rounded=not cpu and dtype == jnp.bfloat16)
 
 
 def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.Implementation:
-    """What was asked for, or would be best. Raises ConfigError for a TPU's kernel on another device."""
+    """What was asked for, or would be best.
+
+    Raises ConfigError for a TPU's kernel on another device, and for one without KV of 8 bits where that is
+    asked for too.
+    """
     if config.attention == "tpu" and platform.name != "tpu":
         raise ConfigError(f"attention=tpu cannot be had: it is for TPUs, and this is a {platform.name}")
     best: Any = "cpu" if platform.name == "cpu" else platform.attention
     attention: paged_attention.Implementation = best if config.attention == "auto" else config.attention
-    return attention
+    missing = paged_attention.why_not_scaled(attention)
+    if config.kv_cache_dtype == "auto" or not missing:
+        return attention
+    other: paged_attention.Implementation = "gpu" if platform.name == "gpu" else "xla"
+    if config.attention != "auto":
+        raise ConfigError(
+            f"attention={attention} cannot be had with kv_cache_dtype={config.kv_cache_dtype}: {missing}; "
+            f"attention={other} can"
+        )
+    log.warning("attention=%s for kv_cache_dtype=%s: %s", other, config.kv_cache_dtype, missing)
+    return other
 
 
 def serving(kernels: Kernels, dtype: Any, head_dim: int) -> Kernels:
@@ -107,6 +123,13 @@ def _no_hopper(mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     capability: str = getattr(device, "compute_capability", "")
     return "" if capability.startswith("9.") else f"it is for Hopper GPUs, and this is a {device.device_kind}"
+
+
+def _no_fp8(mesh: Mesh) -> str:
+    """Why the kernel cannot convert fp8; empty when it can."""
+    device = mesh.devices.flat[0]
+    capability = tuple(map(int, getattr(device, "compute_capability", "8.9").split(".")))
+    return "" if capability >= (8, 9) else f"it is for GPUs from Ada on, and this is a {device.device_kind}"
 
 
 def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:

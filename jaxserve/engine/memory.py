@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import msgspec
 
 from jaxserve.config import EngineConfig, parse_mesh
-from jaxserve.engine.devices import CPU, GPU, TPU, Memory, Platform, gib
+from jaxserve.engine.devices import CPU, GPU, TPU, Memory, Platform, gib, kv_type
 from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Shapes, ladder
@@ -24,7 +24,7 @@ from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul.tiles import OUTS
 from jaxserve.pallas_kernels.paged_attention import PoolShape, pool_shape, why_not
-from jaxserve.pallas_kernels.paged_attention.tuning import mosaic, tpu
+from jaxserve.pallas_kernels.paged_attention.tuning import gpu, mosaic, tpu
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
 
 GRID = 64
@@ -118,6 +118,12 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
         raise ConfigError(f"attention=tpu cannot be had for this model: {missing}")
     if case.kernels.attention == "tpu":
         _check_tables(budget.shapes, budget.max_model_len)
+    pool = budget.shapes.pool
+    if (most := _addressable(case, pool, pool.num_blocks)) < pool.num_blocks:
+        raise ConfigError(
+            f"num_blocks={pool.num_blocks} cannot be had with kv_cache_dtype={config.kv_cache_dtype}: "
+            f"attention=gpu reads up to {most} blocks of 8 bits, or more than twice as many"
+        )
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
     return budget
@@ -146,7 +152,8 @@ def _budget(case: Case, memory: Memory) -> Budget:
     size = config.block_size or _block_size(case.kernels, platform, seqs, length)
     width = -(-length // size)
     heads = len(dims.heads(case.shards).kv)
-    pool = PoolShape(0, heads, size, dims.head_dim, case.dtype, platform.kv_as_bits)
+    number = kv_type(config.kv_cache_dtype, case.dtype)
+    pool = PoolShape(0, heads, size, dims.head_dim, number, platform.kv_as_bits)
     pool = pool_shape(pool, case.kernels.attention, case.shards)
     shapes = Shapes(seqs, tokens, width, dims.vocab_size, dims.num_hidden_layers, pool)
     budget = Budget(
@@ -160,8 +167,16 @@ def _budget(case: Case, memory: Memory) -> Budget:
         runtime=_runtime(case, shapes, memory),
         block=pool.block_bytes // case.shards * dims.num_hidden_layers,
     )
-    count = config.num_blocks or _count(budget, config, seqs * width)
+    most = _addressable(case, pool, max(2, budget.room // budget.block))
+    count = config.num_blocks or _count(budget, config, min(seqs * width, most - 1))
     return budget._replace(shapes=shapes._replace(pool=pool._replace(num_blocks=count)))
+
+
+def _addressable(case: Case, pool: PoolShape, count: int) -> int:
+    """Of so many blocks on a device, those that its attention can read."""
+    if case.kernels.attention != "gpu" or not pool.scaled:
+        return count
+    return gpu.addressable(count, math.prod(pool.shape[1:]) // case.shards)
 
 
 def _block_size(kernels: Kernels, platform: Platform, seqs: int, length: int) -> int:
@@ -264,7 +279,8 @@ def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
 def _native(config: EngineConfig) -> bool:
     """Whether attention is likely to be the C++ kernel."""
     with contextlib.suppress(native.NativeError):
-        return config.attention in ("auto", "cpu") and bool(native.compiler())
+        wanted = config.attention in ("auto", "cpu") and config.kv_cache_dtype == "auto"
+        return wanted and bool(native.compiler())
     return False
 
 

@@ -17,7 +17,13 @@ from jaxserve.loading.weights import Tensors, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Implementation, Rotation, paged_attention
+from jaxserve.pallas_kernels.paged_attention import (
+    AttentionMeta,
+    Implementation,
+    Pool,
+    Rotation,
+    paged_attention,
+)
 
 POOL_SPEC = PartitionSpec(None, None, "tensor")
 HEADS_SPEC = PartitionSpec(None, "tensor")
@@ -131,11 +137,11 @@ class LoadedModel:
         k: jax.Array,
         v: jax.Array,
         rotation: Rotation,
-        pool: jax.Array,
+        pool: Pool,
         **options: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Pool]:
         """Attention with each device on its own heads: a pool that is never gathered."""
-        op: Callable[..., tuple[jax.Array, jax.Array]] = partial(
+        op: Callable[..., tuple[jax.Array, Pool]] = partial(
             paged_attention, dtype=self.dtype, implementation=implementation, **options
         )
         if self.mesh.size == 1:
@@ -144,7 +150,7 @@ class LoadedModel:
         sharded = jax.shard_map(
             op, mesh=self.mesh, in_specs=specs, out_specs=(HEADS_SPEC, POOL_SPEC), check_vma=False
         )
-        out: tuple[jax.Array, jax.Array] = sharded(q, k, v, pool, meta, rotation)
+        out: tuple[jax.Array, Pool] = sharded(q, k, v, pool, meta, rotation)
         return out
 
     def _sharding(self, path: str) -> NamedSharding:

@@ -44,6 +44,7 @@ class Plan(msgspec.Struct, kw_only=True):
     device: str
     mesh: str
     dtype: str
+    kv_cache_dtype: str
     memory: int
     """What may be in use."""
     memory_from: str
@@ -166,6 +167,7 @@ def describe(
         device=memory.device,
         mesh=config.mesh,
         dtype=model.dtype.name,
+        kv_cache_dtype=pool.dtype.name,
         memory=memory.limit,
         memory_from=memory.about,
         memory_used=memory.used,

@@ -83,8 +83,8 @@ class Programs:
         platform = devices[0].platform if devices else ""
         self._options = compiler_options(platform, model.dtype, deterministic)
         self._weights = model.abstract
-        pool = jax.ShapeDtypeStruct(shapes.pool.shape, shapes.pool.storage)
-        self._kv = [self._abstract(pool, POOL_SPEC)] * shapes.layers
+        pool = jax.tree.map(partial(self._abstract, spec=POOL_SPEC), shapes.pool.arrays)
+        self._kv = [pool] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
         facts = (model.config, model.kernels, shapes, self._options, self._weights)
         self._shelf = Shelf(devices, *facts) if _are_here(devices) else None
@@ -187,9 +187,9 @@ class Programs:
             found[f"sample[{rows}] {variant}"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
         return found
 
-    def empty_state(self) -> tuple[list[jax.Array], Slots]:
+    def empty_state(self) -> tuple[KV, Slots]:
         """A fresh pool and fresh slots on the devices."""
-        state: tuple[list[jax.Array], Slots] = self._empty()
+        state: tuple[KV, Slots] = self._empty()
         return state
 
     def _plan(self) -> Iterator[Any]:

@@ -15,11 +15,11 @@ from jax import lax
 from jaxserve.engine.batch import FROM_DEVICE, TABLE_AT, StepLayout
 from jaxserve.engine.sampling import RowParams, Variant
 from jaxserve.engine.sampling import sample as choose
-from jaxserve.pallas_kernels.paged_attention import AttentionMeta, ragged_meta
+from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Pool, ragged_meta
 from jaxserve.pallas_kernels.sampling import Implementation
 
 Weights = list[jax.Array]
-KV = list[jax.Array]
+KV = list[Pool]
 
 
 class Slots(NamedTuple):

@@ -57,7 +57,7 @@ LARGE_VOCABULARY = BASE | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# model, dtype, kernels, max_num_seqs, max_num_batched_tokens, tensor[, quantization]
+# model, dtype, kernels, max_num_seqs, max_num_batched_tokens, tensor[, quantization, kv_cache_dtype]
 SHAPES = [
     (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 1),
     (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1),
@@ -75,16 +75,19 @@ IN_8_BITS = [
     (DEEP_MLP, "bfloat16", ("xla", "xla"), 8, 2048, 2, "int8"),
     (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1, "int8"),
     pytest.param((DEEP_MLP, "bfloat16", ("cpu", "cpu"), 8, 2048, 1, "int8"), marks=pytest.mark.compiler),
+    (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1, None, "int8"),
+    (MANY_HEADS, "bfloat16", ("xla", "xla"), 16, 1024, 1, None, "fp8"),
 ]
 
 
-def compare(config, dtype, kernels, seqs, tokens, tensor, quantization=None):
+def compare(config, dtype, kernels, seqs, tokens, tensor, quantization=None, kv="auto"):
     """(estimate, what the compiler says of the largest program), in bytes."""
     options = EngineConfig(
         mesh=f"{tensor}x1",
         dtype=dtype,
         attention=kernels[0],
         quantization=quantization,
+        kv_cache_dtype=kv,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_model_len=512,
