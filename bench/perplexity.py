@@ -1,4 +1,4 @@
-"""Perplexity of the default model over a text that comes with Python, in each type that weights can have:
+"""Perplexity of the default model over a text that comes with Python, by the types of weights and KV cache:
 
     python -m bench.perplexity [--windows 8] [--tokens 1024] [--transformers]
 
@@ -18,15 +18,24 @@ import numpy as np
 
 from jaxserve.config import DEFAULT_MODEL, EngineConfig
 from jaxserve.engine.compilation import compiler_options
-from jaxserve.engine.devices import make_mesh, platform_of
+from jaxserve.engine.devices import kv_type, make_mesh, platform_of
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.model import LoadedModel
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.hub import resolve
-from jaxserve.pallas_kernels.paged_attention import PoolShape, ragged_meta
+from jaxserve.pallas_kernels.paged_attention import PoolShape, empty_pool, ragged_meta
 from jaxserve.text.tokenizer import load_tokenizer
 
-FORMS = [("float32", None), ("float32", "int8"), ("bfloat16", None), ("bfloat16", "int8")]
+FORMS = [
+    {"dtype": "float32"},
+    {"dtype": "float32", "quantization": "int8"},
+    {"dtype": "float32", "kv_cache_dtype": "int8"},
+    {"dtype": "float32", "kv_cache_dtype": "fp8"},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "quantization": "int8"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+]
 BLOCK = 32
 
 
@@ -37,20 +46,20 @@ def windows(place: Path, count: int, length: int) -> np.ndarray:
     return np.array(ids, np.int32).reshape(count, length)
 
 
-def ours(checkpoint: Checkpoint, ids: np.ndarray, dtype: str, quantization: Any) -> float:
+def ours(checkpoint: Checkpoint, ids: np.ndarray, config: EngineConfig) -> float:
     """Mean negative log likelihood of a token, by the functions that the engine's programs are made from."""
-    config = EngineConfig(dtype=dtype, quantization=quantization)
     mesh = make_mesh(config, 0)
-    kernels = choose_kernels(config, mesh, jnp.dtype(dtype))
-    model = LoadedModel(checkpoint.config, mesh, dtype, kernels, quantization)
+    kernels = choose_kernels(config, mesh, jnp.dtype(config.dtype))
+    model = LoadedModel(checkpoint.config, mesh, config.dtype, kernels, config.quantization)
     model.load(checkpoint)
     step, length = model.functions(), ids.shape[1]
     blocks = -(-length // BLOCK)
     bits = platform_of(mesh.devices.flat[0]).kv_as_bits
-    pool = PoolShape(blocks + 1, model.kv_heads, BLOCK, model.config.head_dim, model.dtype, bits)
+    number = kv_type(config.kv_cache_dtype, model.dtype)
+    pool = PoolShape(blocks + 1, model.kv_heads, BLOCK, model.config.head_dim, number, bits)
 
     def run(weights: Any, ids: jax.Array) -> jax.Array:
-        kv = [jnp.zeros(pool.shape, pool.storage)] * model.config.num_hidden_layers
+        kv = [empty_pool(pool)] * model.config.num_hidden_layers
         table = jnp.arange(1, blocks + 1, dtype=jnp.int32)[None]
         meta = ragged_meta(table, jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32), length)
         x, _ = step.hidden(weights, ids, meta, kv)
@@ -90,9 +99,10 @@ def main() -> None:
     place = resolve(DEFAULT_MODEL)
     checkpoint = open_checkpoint(place)
     ids = windows(place, args.windows, args.tokens)
-    for dtype, quantization in FORMS:
-        loss = ours(checkpoint, ids, dtype, quantization)
-        print(f"{dtype} {quantization or ''}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}", flush=True)
+    for form in FORMS:
+        loss = ours(checkpoint, ids, EngineConfig(**form))
+        name = " ".join(f"{option}={value}" for option, value in form.items())
+        print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}", flush=True)
     for dtype in ("float32", "bfloat16") if args.transformers else ():
         loss = theirs(checkpoint, ids, dtype)
         print(f"transformers {dtype}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}", flush=True)
