@@ -63,7 +63,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     matmul: Annotated[
         Literal["auto", "xla", "cpu"], about("implementation of products with weights")
     ] = "auto"
-    sampler: Annotated[Literal["auto", "xla", "cpu"], about("implementation of choosing tokens")] = "auto"
+    sampler: Annotated[
+        Literal["auto", "xla", "cpu", "gpu"], about("implementation of choosing tokens")
+    ] = "auto"
     seed: Annotated[int, about("seeds requests that bring no seed of their own")] = 0
     deterministic: Annotated[
         bool, about("the same bits for a request alone or in any batch; ready only when warm")

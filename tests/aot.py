@@ -121,7 +121,8 @@ class Dump:
         return {name: int(size) for name, size in found}
 
     def thunks(self) -> Thunks:
-        return thunks(self._read("*thunk_sequence_after_thunk_passes.txt"))
+        passed = self._read("*thunk_sequence_after_thunk_passes.txt")
+        return thunks(passed or self._read("*thunk_sequence.txt"))  # too few for a command buffer
 
     def _read(self, pattern: str) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob(pattern)))

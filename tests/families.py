@@ -31,7 +31,9 @@ def programs_of(
     options = EngineConfig(
         mesh=f"{mesh.size}x1", max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512, num_blocks=65
     )
-    kernels = PORTABLE._replace(attention=platform.attention, rounded=platform.name != "cpu")
+    kernels = PORTABLE._replace(
+        attention=platform.attention, sampler=platform.sampler, rounded=platform.name != "cpu"
+    )
     model = LoadedModel(config_of(family), mesh, jnp.bfloat16, kernels)
     budget = fit(options, model, Memory(platform, "a device", 2**30, 0, "a gibibyte"))
     return kind(model, budget.shapes, platform.smallest_decode, Counts())

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.errors import ConfigError
-from jaxserve.pallas_kernels.paged_attention import Implementation
+from jaxserve.pallas_kernels import paged_attention, sampling
 from jaxserve.pallas_kernels.paged_attention.tuning import tpu
 
 
@@ -24,14 +24,15 @@ class Platform(NamedTuple):
     max_num_batched_tokens: int
     smallest_decode: int
     """Fewer rows than this are slower, not faster."""
-    attention: Implementation
+    attention: paged_attention.Implementation
+    sampler: sampling.Implementation
     kv_as_bits: bool
     """Keep 16-bit KV as uint16: XLA's CPU scatter would convert all of it."""
 
 
-CPU = Platform("cpu", 32, 64, 1024, 4, "xla", True)
-GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", False)
-TPU = Platform("tpu", tpu.BLOCK_SIZE, 128, 8192, 8, "tpu", False)
+CPU = Platform("cpu", 32, 64, 1024, 4, "xla", "xla", True)
+GPU = Platform("gpu", 16, 256, 8192, 1, "gpu", "gpu", False)
+TPU = Platform("tpu", tpu.BLOCK_SIZE, 128, 8192, 8, "tpu", "xla", False)
 CGROUPS = [
     (f"/sys/fs/cgroup/{limit}", f"/sys/fs/cgroup/{used}")
     for limit, used in (

@@ -64,15 +64,17 @@ def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
 def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """What was asked for, or would be best."""
     platform = platform_of(mesh.devices.flat[0])
-    cpu = platform.name == "cpu"
     attention = attention_for(config, platform)
     if attention == "mosaic" and (missing := _no_hopper(mesh)):
         raise ConfigError(f"attention=mosaic cannot be had: {missing}")
     if attention == "gpu" and config.kv_cache_dtype == "fp8" and (missing := _no_fp8(mesh)):
         raise ConfigError(f"kv_cache_dtype=fp8 cannot be had: {missing}; int8 has no such limit")
-    best: Any = "cpu" if cpu and mesh.size == 1 else "xla"  # which shards a mesh's weights and logits
-    product, sampler = (best if each == "auto" else each for each in (config.matmul, config.sampler))
-    return Kernels(attention, product, sampler, rounded=not cpu and dtype == jnp.bfloat16)
+    # XLA shards a mesh's weights and logits
+    native: Any = "cpu" if platform.name == "cpu" and mesh.size == 1 else None
+    product = (native or "xla") if config.matmul == "auto" else config.matmul
+    sampler = native if native and config.sampler == "auto" else sampler_for(config, platform)
+    rounded = platform.name != "cpu" and dtype == jnp.bfloat16
+    return Kernels(attention, product, sampler, rounded)
 
 
 def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.Implementation:
@@ -96,6 +98,13 @@ def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.I
         )
     log.warning("attention=%s for kv_cache_dtype=%s: %s", other, config.kv_cache_dtype, missing)
     return other
+
+
+def sampler_for(config: EngineConfig, platform: Platform) -> sampling.Implementation:
+    """What was asked for, or would be best. Raises ConfigError for a GPU's kernel on another device."""
+    if config.sampler == "gpu" and platform.name != "gpu":
+        raise ConfigError(f"sampler=gpu cannot be had: it is for GPUs, and this is a {platform.name}")
+    return platform.sampler if config.sampler == "auto" else config.sampler
 
 
 def serving(kernels: Kernels, dtype: Any, head_dim: int) -> Kernels:

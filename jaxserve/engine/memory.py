@@ -200,8 +200,8 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
     bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
     Rounded products are half as large, but XLA keeps several of them, to add them up in the next sum.
-    Sampling holds the logits five times (in C++ once), and the next step's. A bound that
-    tests/engine/test_memory.py holds against what the compiler says of the programs.
+    Sampling holds the logits five times (in C++ once, with a GPU's kernel twice), and the next step's. A
+    bound that tests/engine/test_memory.py holds against what the compiler says of the programs.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
@@ -219,7 +219,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     hidden = tokens * dims.hidden_size * (ROUNDED_HIDDEN[memory.platform] if case.kernels.rounded else 4)
     forward: int = hidden + layer + tables + logits + gathered
     workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
-    kept = 2 if case.kernels.sampler == "cpu" else 6
+    kept = {"cpu": 2, "gpu": 3}.get(case.kernels.sampler, 6)
     return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
 
 

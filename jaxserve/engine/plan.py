@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.devices import gib, make_mesh, memory_of, weight_type
-from jaxserve.engine.kernels import PORTABLE, attention_for, choose_kernels
+from jaxserve.engine.kernels import PORTABLE, attention_for, choose_kernels, sampler_for
 from jaxserve.engine.memory import Budget, fit, process_bytes
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Programs, ladder
@@ -106,7 +106,9 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     memory = memory_of(config, mesh.devices.flat[0]) if there is None else memory_of_chip(config, there)
     dtype = weight_type(config.dtype, raw, memory.platform)
     if there:
-        kernels = PORTABLE._replace(attention=attention_for(config, there.platform))
+        kernels = PORTABLE._replace(
+            attention=attention_for(config, there.platform), sampler=sampler_for(config, there.platform)
+        )
     else:
         kernels = choose_kernels(config, mesh, dtype)
     model = LoadedModel(raw, mesh, dtype, kernels, config.quantization)

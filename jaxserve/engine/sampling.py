@@ -3,9 +3,10 @@
 Order of filters: temperature, min_p, top_k, top_p. A filter is a threshold on the logits, found by
 bisection; equal logits stay together. A row draws one uniform number from its own key (seed, sample
 index, position) and inverts the cumulative distribution, so its token does not depend on the batch.
-What is here in XLA is the same in C++, for CPUs (pallas_kernels/sampling).
+What is here in XLA is the same in C++, for CPUs, and in one kernel for GPUs (pallas_kernels/sampling).
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,15 +15,14 @@ import numpy as np
 from jax import lax
 
 from jaxserve.pallas_kernels.sampling import Implementation
+from jaxserve.pallas_kernels.sampling.search import SMALLEST_TEMPERATURE, first_above, threshold
 from jaxserve.sampling_params import MAX_LOGPROBS
 
 Variant = Literal["greedy", "random", "full"]
 """What a sample program can do: greedy rows only; any row; any row and logprobs."""
 
 LANES = 128
-SMALLEST_TEMPERATURE = 1e-30
-"""Smaller ones, which float32 may flush to zero, draw the same tokens."""
-Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Words = tuple[jax.Array, jax.Array]
 
 
 class RowParams(NamedTuple):
@@ -77,15 +77,24 @@ def sample(
         params = params._replace(temperature=u)
     else:
         u = uniform(params.seed, params.sample_index, positions, implementation)
-    if implementation == "cpu":
-        from jaxserve.pallas_kernels.sampling import cpu
-
-        tokens = cpu.sample(logits, params.temperature, params.top_p, params.min_p, params.top_k, u)
+    if implementation != "xla":
+        kernel = _kernel(implementation)
+        tokens = kernel(logits, params.temperature, params.top_p, params.min_p, params.top_k, u)
     else:
         tokens = argmax(logits)
         if variant != "greedy":
             tokens = jnp.where(params.temperature > 0.0, _draw(logits, params, u), tokens)
     return with_logprobs(logits, tokens, implementation) if variant == "full" else Sampled(tokens)
+
+
+def _kernel(implementation: Implementation) -> Callable[..., jax.Array]:
+    if implementation == "cpu":
+        from jaxserve.pallas_kernels.sampling import cpu
+
+        return cpu.sample
+    from jaxserve.pallas_kernels.sampling import gpu
+
+    return gpu.sample
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -122,14 +131,27 @@ def uniform(
 
         return cpu.uniform(seed, sample_index, positions)
 
-    def one(words: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.key(0, impl="threefry2x32")
-        for word in (words[0], words[1], index, position):
-            key = jax.random.fold_in(key, word)
-        return jax.random.uniform(key)
+    key = jnp.zeros_like(seed[:, 0]), jnp.zeros_like(seed[:, 0])
+    for word in (seed[:, 0], seed[:, 1], sample_index.astype(jnp.uint32), positions.astype(jnp.uint32)):
+        key = threefry(key, word)
+    high, low = threefry(key, jnp.zeros_like(key[0]))
+    # of a number in [1, 2)
+    return lax.bitcast_convert_type((high ^ low) >> 9 | 0x3F800000, jnp.float32) - 1.0
 
-    drawn: jax.Array = jax.vmap(one)(seed, sample_index, positions)
-    return drawn
+
+def threefry(key: Words, word: jax.Array) -> Words:
+    """The counter (0, word) scrambled under a key: what `jax.random.fold_in` gives, for keys in arrays.
+
+    Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+    """
+    keys = *key, key[0] ^ key[1] ^ 0x1BD11BDA
+    a, b = keys[0], word + keys[1]
+    for i in range(5):
+        for by in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            a += b
+            b = (b << by | b >> (32 - by)) ^ a
+        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + (i + 1)
+    return a, b
 
 
 def _draw(logits: jax.Array, params: RowParams, u: jax.Array) -> jax.Array:
@@ -164,53 +186,17 @@ def filtered(logits: jax.Array, params: RowParams) -> jax.Array:
 
 
 def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """float32 [R, 1]: the largest t for which the weights [R, V] of x >= t sum to at least target [R].
+    """float32 [R, 1]: the largest t for which the weights [R, V] of x >= t sum to at least target [R]."""
 
-    Bisection over the floats in their order (at most 32 turns), until at most one value is left.
-    """
-
-    def above(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = x >= _from_key(key)[:, None]
+    def above(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        at = x >= t[:, None]
         # both sums in one pass, which keeps nothing: apart, each would write what it adds up first
         parts = _groups(jnp.where(at, weights, 0.0)), _groups(at.astype(jnp.float32))
         mass, count = lax.reduce(parts, (0.0, 0.0), lambda a, b: (a[0] + b[0], a[1] + b[1]), (2,))
         return mass.sum(axis=1), count.sum(axis=1)
 
-    def open_rows(state: Search) -> jax.Array:
-        low, high, low_count, high_count = state
-        return jnp.any((low_count - high_count > 1) & (_middle(low, high) > low))
-
-    def halve(state: Search) -> Search:
-        low, high, low_count, high_count = state
-        middle = _middle(low, high)
-        mass, count = above(middle)
-        enough = mass >= target
-        return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, count, low_count),
-            jnp.where(enough, high_count, count),
-        )
-
-    low, high = _to_key(x.min(axis=1)), _to_key(x.max(axis=1)) + 1
-    counts = jnp.full(low.shape, float(x.shape[1])), jnp.zeros(low.shape)
-    low, *_ = lax.while_loop(open_rows, halve, (low, high, *counts))
-    return _from_key(low)[:, None]
-
-
-def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """floor((low + high) / 2) without overflow."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-def _to_key(x: jax.Array) -> jax.Array:
-    """float32 as int32 of the same order."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _from_key(key: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
+    least, most = x.min(axis=1), x.max(axis=1)
+    return threshold(above, target, least, most, jnp.full(least.shape, float(x.shape[1])))[:, None]
 
 
 def _quantile(weights: jax.Array, u: jax.Array) -> jax.Array:
@@ -218,22 +204,12 @@ def _quantile(weights: jax.Array, u: jax.Array) -> jax.Array:
     lanes = _groups(weights)
     totals = lanes.sum(axis=2)
     sums = jnp.cumsum(totals, axis=1)
-    goal = u * sums[:, -1]
-    lane = _first_above(totals, sums, goal)[:, None]
-    before = jnp.take_along_axis(sums - totals, lane, 1)[:, 0]
+    goal = u[:, None] * sums[:, -1:]
+    lane = first_above(totals, sums, goal)[:, None]
+    before = jnp.take_along_axis(sums - totals, lane, 1)
     chosen = jnp.take_along_axis(lanes, lane[:, :, None], 1)[:, 0]
-    index = _first_above(chosen, jnp.cumsum(chosen, axis=1), goal - before)
+    index = first_above(chosen, jnp.cumsum(chosen, axis=1), goal - before)
     return lane[:, 0] * LANES + index
-
-
-def _first_above(weights: jax.Array, sums: jax.Array, goal: jax.Array) -> jax.Array:
-    """int32 [R]: the first index whose running sum exceeds goal, else the last; only of those with weight.
-
-    Rounding may leave no sum above the goal, and running sums that are made in parallel need not even rise.
-    """
-    index = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
-    last = jnp.max(jnp.where(weights > 0.0, index, 0), axis=1, keepdims=True)
-    return jnp.min(jnp.where((weights > 0.0) & (sums > goal[:, None]), index, last), axis=1)
 
 
 def with_logprobs(
@@ -248,5 +224,18 @@ def with_logprobs(
     norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
     own = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     ranks = 1 + jnp.sum(logits > own, axis=1, dtype=jnp.int32)
-    best, ids = lax.top_k(logits, top)
-    return Sampled(tokens, (own - norm)[:, 0], ranks, ids.astype(jnp.int32), best - norm)
+    best, ids = largest(logits, top)
+    return Sampled(tokens, (own - norm)[:, 0], ranks, ids, best - norm)
+
+
+def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest of each row of [R, V] in order, of equal ones the first: [R, count]; int32 their places.
+
+    They lie in `count` groups, those with the largest of their own: only these are sorted.
+    """
+    groups = _groups(x, -jnp.inf)
+    rows, many, _ = groups.shape
+    chosen = jnp.sort(lax.top_k(groups.max(axis=2), min(count, many))[1], axis=1)
+    members = jnp.take_along_axis(groups, chosen[:, :, None], 1)
+    best, at = lax.top_k(members.reshape(rows, -1), count)
+    return best, jnp.take_along_axis(chosen, at // LANES, 1) * LANES + at % LANES

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +86,13 @@ def reports(name: str, dump: Dump) -> Iterator[dict[str, Any]]:
 def _compile(programs: Programs, steps: tuple[str, ...], dump: Dump) -> Iterator[tuple[str, Any]]:
     """Names and programs; the dump is of the last one."""
     decode, mixed = max(b for b in programs.buckets if b.tokens == b.seqs), max(programs.buckets)
-    for bucket in [*(b for b in programs.buckets if b.name in steps), decode, mixed]:
+    compiled = [*(b for b in programs.buckets if b.name in steps), decode, mixed]
+    for bucket in compiled:
         dump.clear()
         programs._compile_forward(bucket)
         yield bucket.name, programs.forward(bucket)
-    rows = decode.seqs
-    for variant in VARIANTS:
+    singles = [b.seqs for b in compiled if b.tokens == b.seqs]
+    for rows, variant in product(singles, VARIANTS):
         dump.clear()
         programs._compile_sample(rows, variant)
         yield f"sample[{rows}] {variant}", programs.sample(rows, variant)

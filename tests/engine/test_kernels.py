@@ -38,6 +38,16 @@ def test_a_hopper_gpu_has_it_where_it_is_asked_for():
     assert choose_kernels(EngineConfig(), mesh, jnp.bfloat16).attention == "gpu"
 
 
+def test_a_gpu_has_a_kernel_that_chooses_tokens_and_no_other_device_has():
+    mesh = mesh_of(platform="gpu", device_kind="NVIDIA A100")
+    assert choose_kernels(EngineConfig(), mesh, jnp.bfloat16).sampler == "gpu"
+    assert choose_kernels(EngineConfig(sampler="xla"), mesh, jnp.bfloat16).sampler == "xla"
+    for platform in ("cpu", "tpu"):
+        mesh = mesh_of(platform=platform, device_kind="one")
+        with pytest.raises(ConfigError, match=f"sampler=gpu cannot be had: .* this is a {platform}"):
+            choose_kernels(EngineConfig(sampler="gpu"), mesh, jnp.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("group", "pool", "reason"),
     [

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine.sampling import RowParams, _first_above, _quantile, filtered, sample, uniform
-from jaxserve.pallas_kernels.sampling import cpu
+from jaxserve.engine.sampling import RowParams, _quantile, filtered, sample, uniform
+from jaxserve.pallas_kernels.sampling import cpu, gpu
+from jaxserve.pallas_kernels.sampling.search import first_above
 from jaxserve.sampling_params import MAX_LOGPROBS
 
 OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "sample_index": 0}
@@ -48,7 +49,20 @@ def draw_with(implementation, logits, rows, variant="random", positions=None):
     return sample_jit(jnp.asarray(logits, jnp.float32), params(rows), positions, variant, implementation)
 
 
-@pytest.fixture(params=["xla", pytest.param("cpu", marks=pytest.mark.compiler)])
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    """The kernel for GPUs, played on the CPU, with tiles so small that some rows have more than is listed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "LANES", 512)
+        patch.setattr(gpu, "sample", partial(gpu.sample, interpret=True))
+        yield
+
+
+CPP = pytest.param("cpu", marks=pytest.mark.compiler)
+everywhere = pytest.mark.parametrize("draw", ["xla", "gpu", CPP], indirect=True)
+
+
+@pytest.fixture(params=["xla", CPP])
 def draw(request):
     return partial(draw_with, request.param)
 
@@ -73,6 +87,7 @@ def oracle(logits: np.ndarray, row: dict, slack: float = 0.0) -> np.ndarray:
     return weights
 
 
+@everywhere
 @pytest.mark.parametrize("vocab", [1, 128, 1000])
 def test_every_mix_of_filters_in_one_batch(draw, vocab):
     rows = [row for row in MIXES if row.get("temperature") != 0.0] * 4
@@ -105,6 +120,7 @@ def test_kept_tokens_are_those_of_transformers():
         assert np.array_equal(kept, np.isfinite(scores[0].numpy())), row
 
 
+@everywhere
 def test_greedy_takes_the_first_of_the_largest(draw):
     logits = np.zeros((4, 300), np.float32)
     logits[0, [7, 200]] = 1.0
@@ -125,6 +141,7 @@ def test_equal_logits_stay_together():
     assert (np.asarray(kept) > 0).tolist() == [[False, True, True, True, False, True]] * 3
 
 
+@everywhere
 @pytest.mark.parametrize("row", [{}, {"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 1e-38}])
 def test_extreme_logits(draw, row):
     tiny = np.finfo(np.float32).min
@@ -187,6 +204,7 @@ def test_frequencies(draw, row, vocab):
     assert statistic < critical
 
 
+@everywhere
 def test_a_token_depends_on_its_own_row_alone(draw):
     vocab, row = 1000, {"temperature": 0.9, "top_p": 0.9, "top_k": 100, "seed": 2**63 + 11}
     logits = random_logits(1, vocab)
@@ -215,14 +233,20 @@ def test_streams_differ_by_seed_index_and_position():
     assert np.abs(correlation).max() < 0.7
 
 
-@pytest.mark.compiler
-def test_cpp_has_the_uniform_numbers_of_jax_random_to_the_bit():
+@pytest.mark.parametrize("implementation", ["xla", CPP])
+def test_uniform_numbers_are_those_of_jax_random_to_the_bit(implementation):
+    def of_jax(seed, index, position):
+        key = jax.random.key(0, impl="threefry2x32")
+        for word in (*seed, index, position):
+            key = jax.random.fold_in(key, word)
+        return jax.random.uniform(key)
+
     rng = np.random.default_rng(8)
     seed = jnp.asarray(rng.integers(0, 2**32, (500, 2), np.uint32)).at[0].set(0)
     index = jnp.asarray(rng.integers(0, 5, 500), jnp.int32)
     position = jnp.asarray(rng.integers(0, 2**31, 500), jnp.int32)
-    ours, jaxs = (np.asarray(uniform(seed, index, position, each)) for each in ("cpu", "xla"))
-    assert ours.tobytes() == jaxs.tobytes()
+    ours = np.asarray(uniform(seed, index, position, implementation))
+    assert ours.tobytes() == np.asarray(jax.jit(jax.vmap(of_jax))(seed, index, position)).tobytes()
 
 
 @pytest.mark.compiler
@@ -237,12 +261,12 @@ def test_cpp_draws_what_xla_draws(spread):
     assert np.all(np.isfinite(logits[np.arange(len(rows)), np.asarray(ours.tokens)]))
 
 
-@pytest.mark.compiler
-def test_cpp_answers_whatever_the_logits_are():
+@everywhere
+def test_answers_whatever_the_logits_are(draw):
     logits = np.zeros((4, 300), np.float32)
     logits[0], logits[1], logits[2, 7], logits[3, 5:9] = np.nan, -np.inf, np.inf, np.nan
     for row in MIXES:
-        full = draw_with("cpu", logits, [row] * 4, "full")
+        full = draw(logits, [row] * 4, "full")
         assert all(0 <= token < 300 for token in full.tokens.tolist())
         assert np.all((np.asarray(full.top_tokens) >= 0) & (np.asarray(full.top_tokens) < 300))
 
@@ -259,6 +283,64 @@ def test_variants_agree(draw):
     assert drawn.tokens[np.array(cold)].tolist() == greedy.tokens[np.array(cold)].tolist()
 
 
+def hard_logits(vocab: int) -> dict[str, np.ndarray]:
+    """Rows with much to keep, with ties, and with numbers at the ends of what floats can be."""
+    rng = np.random.default_rng(12)
+    ramp = np.arange(vocab, dtype=np.float32)
+    return {
+        "all equal": np.full(vocab, 3.5),
+        "all equal but one": np.where(ramp == 70, 1.0, 0.5),
+        "few values": rng.integers(-2, 3, vocab),
+        "a ramp": ramp / 1000,
+        "steps": ramp // 7 / 500,
+        "normal": rng.normal(0, 3, vocab),
+        "one far above": np.where(ramp == vocab - 1, 80.0, rng.normal(0, 1, vocab)),
+        "most masked": np.where(ramp % 200 == 7, rng.normal(0, 2, vocab), -np.inf),
+        "three left": np.where(np.isin(ramp, [3, 4097, vocab - 2]), 1.0, -np.inf),
+        "subnormal": rng.integers(-3, 4, vocab) * 1e-42,
+        "around zero": np.where(ramp % 2 == 0, 0.0, -0.0),
+        "the whole range": np.linspace(-3.4e38, 3.4e38, vocab),
+        "both ends": np.where(ramp % 3 == 0, 3.4e38, -3.4e38),
+    }
+
+
+HARD = [
+    {},
+    {"temperature": 100.0},
+    {"temperature": 2e-38},
+    {"top_k": 1},
+    {"top_k": 50},
+    {"top_k": 5000},
+    {"top_k": 8999},
+    {"top_k": 9000},
+    {"top_p": 1e-12},
+    {"top_p": 0.5},
+    {"top_p": 0.999},
+    {"top_p": float(np.float32(1 - 2**-24))},
+    {"min_p": 0.999},
+    {"top_k": 300, "top_p": 0.7, "min_p": 1e-4, "temperature": 1.5},
+]
+
+
+@everywhere
+def test_hard_rows_draw_what_the_oracle_has_at_their_quantile(draw):
+    vocab = 9000
+    cases = [(name, x, row) for name, x in hard_logits(vocab).items() for row in HARD]
+    logits = np.array([x for _, x, _ in cases], np.float32)
+    rows = [{**row, "seed": i} for i, (_, _, row) in enumerate(cases)]
+    p = params(rows)
+    quantiles = np.asarray(uniform(p.seed, p.sample_index, jnp.zeros(len(rows), jnp.int32)), np.float64)
+    tokens = np.asarray(draw(logits, rows).tokens)
+    for x, row, u, token, case in zip(logits, rows, quantiles, tokens, cases, strict=True):
+        x = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0.0, x)  # as CPUs flush them
+        # only what rounding could move over the edge may differ
+        wide, narrow = oracle(x, row, 1e-5), oracle(x, row, -1e-5)
+        assert wide[token] > 0, case
+        if np.array_equal(wide > 0, narrow > 0):
+            sums = np.cumsum(wide) / wide.sum()
+            assert sums[token] - wide[token] / wide.sum() - 1e-4 <= u <= sums[token] + 1e-4, case
+
+
 @pytest.mark.parametrize("vocab", [1, 5, MAX_LOGPROBS, 1000])
 def test_logprobs_are_the_models_own(draw, vocab):
     rows = [{**row, "seed": i} for i, row in enumerate(MIXES)]
@@ -273,6 +355,14 @@ def test_logprobs_are_the_models_own(draw, vocab):
     order = np.argsort(-x, axis=1, kind="stable")[:, :MAX_LOGPROBS]
     assert got.top_tokens.tolist() == order.tolist()
     np.testing.assert_allclose(got.top_logprobs, np.take_along_axis(expected, order, 1), atol=1e-5)
+
+
+def test_of_equally_likely_tokens_the_first_are_told(draw):
+    logits = np.random.default_rng(6).integers(-4, 4, (9, 5000)).astype(np.float32)
+    logits[0], logits[1], logits[2, 40:] = 0.0, np.arange(5000), -np.inf
+    logits[3] = np.arange(5000) // 128 % 2  # groups of equal ones, and more of them than are told
+    top = draw(logits, [{"temperature": 0.0}] * 9, "full").top_tokens
+    assert top.tolist() == np.argsort(-logits, axis=1, kind="stable")[:, :MAX_LOGPROBS].tolist()
 
 
 def test_a_quantile_at_the_very_end_stays_among_the_kept():
@@ -320,7 +410,7 @@ def test_one_logit_far_below_changes_nothing():
 def test_running_sums_that_do_not_rise_choose_no_token_without_weight(goal, index):
     weights = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0, 0.0]])
     sums = jnp.array([[1e-7, 0.5, 0.5000001, 1.0, 1.0000001, 1.0]])
-    assert _first_above(weights, sums, jnp.array([goal])).tolist() == [index]
+    assert first_above(weights, sums, jnp.array([[goal]])).tolist() == [index]
 
 
 def test_greedy_takes_the_first_of_the_largest_whatever_the_vocabulary(draw):
@@ -331,7 +421,7 @@ def test_greedy_takes_the_first_of_the_largest_whatever_the_vocabulary(draw):
 
 
 @pytest.mark.parametrize(("variant", "most"), [("greedy", 0.1), ("random", 2.5), ("full", 2.5)])
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=pytest.mark.compiler)])
+@pytest.mark.parametrize("implementation", ["xla", CPP])
 def test_temporaries_of_the_vocabularys_size(implementation, variant, most):
     """Beside the logits: none to be greedy; the weights, and which of them are kept, to draw."""
     rows, vocab = 64, 4096

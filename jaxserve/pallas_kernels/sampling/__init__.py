@@ -1,5 +1,5 @@
-"""Choosing tokens from logits in C++ (cpu.cc); `engine/sampling.py` says which, and does it in XLA."""
+"""Choosing tokens from logits in kernels; `engine/sampling.py` says which tokens, and does it in XLA."""
 
 from typing import Literal
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "gpu"]
