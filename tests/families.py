@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compilation import Counts
 from jaxserve.engine.devices import Memory, Platform
-from jaxserve.engine.kernels import PORTABLE
+from jaxserve.engine.kernels import PORTABLE, attention_for
 from jaxserve.engine.memory import fit
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs
@@ -25,15 +26,19 @@ def config_of(family: str) -> dict:
 
 
 def programs_of(
-    family: str, platform: Platform, mesh: Mesh | AbstractMesh, kind: type[Programs] = Programs
+    family: str,
+    platform: Platform,
+    mesh: Mesh | AbstractMesh,
+    kind: type[Programs] = Programs,
+    **options: Any,
 ) -> Programs:
     """The ladder of an engine for 16 sequences and 64 tokens; nothing is compiled."""
-    options = EngineConfig(
-        mesh=f"{mesh.size}x1", max_num_seqs=16, max_num_batched_tokens=64, max_model_len=512, num_blocks=65
-    )
+    sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 512, "num_blocks": 65}
+    config = EngineConfig(mesh=f"{mesh.size}x1", **sizes, **options)
+    attention = "xla" if platform.name == "cpu" else attention_for(config, platform)
     kernels = PORTABLE._replace(
-        attention=platform.attention, sampler=platform.sampler, rounded=platform.name != "cpu"
+        attention=attention, sampler=platform.sampler, rounded=platform.name != "cpu"
     )
     model = LoadedModel(config_of(family), mesh, jnp.bfloat16, kernels)
-    budget = fit(options, model, Memory(platform, "a device", 2**30, 0, "a gibibyte"))
+    budget = fit(config, model, Memory(platform, "a device", 2**30, 0, "a gibibyte"))
     return kind(model, budget.shapes, platform.smallest_decode, Counts())

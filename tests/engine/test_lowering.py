@@ -63,11 +63,11 @@ def mesh_of(platform: str, shards: int) -> AbstractMesh:
 
 
 @cache
-def lowered(family: str, platform: str, shards: int) -> tuple[Lowered, dict[str, str]]:
+def lowered(family: str, platform: str, shards: int, kv: str = "auto") -> tuple[Lowered, dict[str, str]]:
     """The programs, and by name the largest of each kind."""
     mesh = mesh_of(platform, shards)
     with jax.sharding.use_abstract_mesh(mesh):
-        programs = programs_of(family, PLATFORMS[platform], mesh, kind=Lowered)
+        programs = programs_of(family, PLATFORMS[platform], mesh, kind=Lowered, kv_cache_dtype=kv)
         programs.platform = platform
         programs.compile_largest()
         programs._compile_admit()
@@ -95,6 +95,19 @@ def test_pools_are_donated_and_written_in_place(step, kind):
     programs, texts = lowered(*step)
     pool = "x".join(map(str, programs.shapes.pool.shape)) + "xbf16"
     assert aliases(texts[kind], pool) == list(range(programs.shapes.layers))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("kv", "stored"), [("int8", "i8"), ("fp8", "ui8")])
+def test_pools_of_8_bits_are_written_in_place_with_their_scales(platform, shards, kv, stored):
+    programs, texts = lowered("LlamaForCausalLM", platform, shards, kv)
+    shape, wanted = programs.shapes.pool.shape, ATTENTION["gpu" if platform == "cuda" else "xla"]
+    for kind in ("decode", "mixed"):
+        assert count(texts[kind], wanted.kernel) == programs.shapes.layers * wanted.kernels[kind]
+        pools = ("x".join(map(str, shape)) + f"x{stored}", "x".join(map(str, shape[:-1])) + "xf32")
+        found = [place for pool in pools for place in aliases(texts[kind], pool)]
+        assert sorted(found) == list(range(2 * programs.shapes.layers))
 
 
 @pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
