@@ -33,10 +33,11 @@ from bench.gpu.job import ROOT, ROWS, Job, append
 SECTIONS = {
     "ceilings": 25,
     "check": 85,
-    "engine": 235,
+    "engine": 215,
     "restart": 45,
     "kernels": 70,
     "experts": 25,
+    "sampling": 20,
     "torch_kernels": 25,
     "peers": 55,
     "plots": 15,

@@ -158,6 +158,8 @@ def markdown(results: Results) -> str:
         _attention(results),
         "## A product with experts",
         _experts(results),
+        "## Choosing tokens",
+        _sampling(results),
         "## Engine",
         _decode(results),
         _others(results),
@@ -174,7 +176,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _values(results: Results) -> str:
-    rows = results.of("check", "verdict") + results.of("experts", "verdict")
+    rows = [row for section in ("check", "experts", "sampling") for row in results.of(section, "verdict")]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines = []
     for name in names:
@@ -221,6 +223,16 @@ def _experts(results: Results) -> str:
         mine = {row["by"]: row for row in rows if row["tokens"] == tokens}
         lines.append([f"{tokens:,}", *(_timed(results, mine.get(name)) for name in names)])
     return table(["tokens", *names], lines)
+
+
+def _sampling(results: Results) -> str:
+    rows = results.of("sampling", "by", "ms")
+    names = list(dict.fromkeys(row["by"] for row in rows))
+    lines = []
+    for count, filters in dict.fromkeys((row["rows"], row["filters"]) for row in rows):
+        mine = {row["by"]: row for row in rows if (row["rows"], row["filters"]) == (count, filters)}
+        lines.append([str(count), filters, *(_timed(results, mine.get(name)) for name in names)])
+    return table(["rows", "filters", *names], lines)
 
 
 def _timed(results: Results, row: Row | None) -> str:

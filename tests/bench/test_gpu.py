@@ -49,6 +49,8 @@ ROWS = [
     {"section": "experts", "tokens": 64, "by": "gpu", "GB": 0.8, "TFLOP": 0.003, "ms": 0.25},
     {"section": "experts", "tokens": 64, "by": "jax ragged_dot", "GB": 0.8, "TFLOP": 0.003, "ms": 2.0},
     checked("odd", "ok", max_error=1.0, limit=2.0) | {"section": "experts", "implementation": "g"},
+    {"section": "sampling", "rows": 9, "filters": "plain", "by": "gpu", "GB": 0.4, "TFLOP": 0.0, "ms": 0.2},
+    {"section": "sampling", "rows": 9, "filters": "plain", "by": "xla", "GB": 0.4, "TFLOP": 0.0, "ms": 1.0},
     attention("gpu", 0.2),
     attention("mosaic", 0.125),
     attention("jax xla", 1.0),
@@ -97,6 +99,7 @@ def test_the_tables_say_what_was_seen():
     ]
     assert line(text, "gpu |")[1:] == ["1 of 2", "1", "25%"]
     assert line(text, "gpu | mixed")[2] == "WRONG"
+    assert line(text, "9 |") == ["9", "plain", "0.2 (50%)", "1 (10%)"]
     assert line(text, "64 |") == ["64", "0.25 (80%)", "2 (10%)"]
     assert line(text, "g |")[1:] == ["1 of 1", "0", "50%"]
     assert "- flash-attn: ModuleNotFoundError" in text and "the pool has 9 tokens" in text
@@ -173,7 +176,7 @@ def bench(tmp_path, *argv):
 
 def test_kernels_in_small(tmp_path):
     """Ceilings, attention and the report of it: each work by ours and by jax's, in processes of their own."""
-    done, rows = bench(tmp_path, "--sections", "ceilings", "kernels", "experts")
+    done, rows = bench(tmp_path, "--sections", "ceilings", "kernels", "experts", "sampling")
     assert done.returncode == 0, done.stdout + done.stderr
     results = Results(rows)
     assert results.copy > 0 and results.matmul > 0
@@ -183,7 +186,9 @@ def test_kernels_in_small(tmp_path):
         assert row["by"] in ("jax cudnn", "mosaic") or (row["by"] == "jax xla" and row["before"])
     assert all(results.of_ceiling(row) > 0 for row in results.of("kernels", "ms"))
     assert {row["by"] for row in results.of("experts", "ms")} == {"gpu", "jax ragged_dot"}
-    assert {row["verdict"] for row in results.of("experts", "verdict")} == {"ok"}
+    assert {row["by"] for row in results.of("sampling", "ms")} == {"gpu", "xla"}
+    for section in ("experts", "sampling"):
+        assert {row["verdict"] for row in results.of(section, "verdict")} == {"ok"}
     assert re.search(r"\| ceilings \| ok \|", done.stdout)
     cells = json.loads((tmp_path / "out/gpu.json").read_text())
     assert any(row.get("of_ceiling", 0) > 0 for row in cells["rows"]) and len(cells["goals"]) == 7

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine.sampling import RowParams, _quantile, filtered, sample, uniform
+from jaxserve.engine.sampling import _quantile, filtered, sample, uniform
 from jaxserve.pallas_kernels.sampling import cpu, gpu
 from jaxserve.pallas_kernels.sampling.search import first_above
 from jaxserve.sampling_params import MAX_LOGPROBS
+from tests.engine.sampling_cases import HARD, OFF, hard_rows, misses, oracle, params
 
-OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "sample_index": 0}
 MIXES = [
     {},
     {"temperature": 0.0},
@@ -31,17 +31,6 @@ MIXES = [
 ]
 sample_jit = jax.jit(sample, static_argnums=(3, 4))
 filtered_jit = jax.jit(filtered)
-
-
-def params(rows: list[dict]) -> RowParams:
-    rows = [{**OFF, **row} for row in rows]
-
-    def column(name, dtype):
-        return jnp.array(np.array([row[name] for row in rows], dtype))
-
-    seeds = np.array([row["seed"] for row in rows], np.uint64).view(np.uint32).reshape(-1, 2)
-    floats = (column(name, np.float32) for name in ("temperature", "top_p", "min_p"))
-    return RowParams(*floats, column("top_k", np.int32), jnp.array(seeds), column("sample_index", np.int32))
 
 
 def draw_with(implementation, logits, rows, variant="random", positions=None):
@@ -69,22 +58,6 @@ def draw(request):
 
 def random_logits(rows: int, vocab: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, vocab)).astype(np.float32)
-
-
-def oracle(logits: np.ndarray, row: dict, slack: float = 0.0) -> np.ndarray:
-    """float64 [vocab] relative probabilities by sorting; `slack` widens the filters by rounding's share."""
-    row = {**OFF, **row}
-    x = logits.astype(np.float64)
-    weights = np.exp((x - x.max()) / row["temperature"])
-    weights = np.where(weights >= row["min_p"] * (1 - slack), weights, 0.0)
-    if 0 < row["top_k"] < len(x):
-        weights = np.where(x >= np.sort(x)[-row["top_k"]], weights, 0.0)
-    if row["top_p"] < 1.0:
-        order = np.argsort(-x, kind="stable")
-        mass = np.cumsum(weights[order]) / weights.sum()
-        last = min(np.searchsorted(mass, row["top_p"] * (1 + slack)), len(x) - 1)
-        weights = np.where(x >= x[order[last]], weights, 0.0)
-    return weights
 
 
 @everywhere
@@ -283,62 +256,14 @@ def test_variants_agree(draw):
     assert drawn.tokens[np.array(cold)].tolist() == greedy.tokens[np.array(cold)].tolist()
 
 
-def hard_logits(vocab: int) -> dict[str, np.ndarray]:
-    """Rows with much to keep, with ties, and with numbers at the ends of what floats can be."""
-    rng = np.random.default_rng(12)
-    ramp = np.arange(vocab, dtype=np.float32)
-    return {
-        "all equal": np.full(vocab, 3.5),
-        "all equal but one": np.where(ramp == 70, 1.0, 0.5),
-        "few values": rng.integers(-2, 3, vocab),
-        "a ramp": ramp / 1000,
-        "steps": ramp // 7 / 500,
-        "normal": rng.normal(0, 3, vocab),
-        "one far above": np.where(ramp == vocab - 1, 80.0, rng.normal(0, 1, vocab)),
-        "most masked": np.where(ramp % 200 == 7, rng.normal(0, 2, vocab), -np.inf),
-        "three left": np.where(np.isin(ramp, [3, 4097, vocab - 2]), 1.0, -np.inf),
-        "subnormal": rng.integers(-3, 4, vocab) * 1e-42,
-        "around zero": np.where(ramp % 2 == 0, 0.0, -0.0),
-        "the whole range": np.linspace(-3.4e38, 3.4e38, vocab),
-        "both ends": np.where(ramp % 3 == 0, 3.4e38, -3.4e38),
-    }
-
-
-HARD = [
-    {},
-    {"temperature": 100.0},
-    {"temperature": 2e-38},
-    {"top_k": 1},
-    {"top_k": 50},
-    {"top_k": 5000},
-    {"top_k": 8999},
-    {"top_k": 9000},
-    {"top_p": 1e-12},
-    {"top_p": 0.5},
-    {"top_p": 0.999},
-    {"top_p": float(np.float32(1 - 2**-24))},
-    {"min_p": 0.999},
-    {"top_k": 300, "top_p": 0.7, "min_p": 1e-4, "temperature": 1.5},
-]
-
-
 @everywhere
 def test_hard_rows_draw_what_the_oracle_has_at_their_quantile(draw):
-    vocab = 9000
-    cases = [(name, x, row) for name, x in hard_logits(vocab).items() for row in HARD]
-    logits = np.array([x for _, x, _ in cases], np.float32)
-    rows = [{**row, "seed": i} for i, (_, _, row) in enumerate(cases)]
+    logits, rows = hard_rows(9000)
     p = params(rows)
-    quantiles = np.asarray(uniform(p.seed, p.sample_index, jnp.zeros(len(rows), jnp.int32)), np.float64)
-    tokens = np.asarray(draw(logits, rows).tokens)
-    for x, row, u, token, case in zip(logits, rows, quantiles, tokens, cases, strict=True):
-        x = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0.0, x)  # as CPUs flush them
-        # only what rounding could move over the edge may differ
-        wide, narrow = oracle(x, row, 1e-5), oracle(x, row, -1e-5)
-        assert wide[token] > 0, case
-        if np.array_equal(wide > 0, narrow > 0):
-            sums = np.cumsum(wide) / wide.sum()
-            assert sums[token] - wide[token] / wide.sum() - 1e-4 <= u <= sums[token] + 1e-4, case
+    u = uniform(p.seed, p.sample_index, jnp.zeros(len(rows), jnp.int32))
+    missed = misses(logits, rows, np.asarray(u), np.asarray(draw(logits, rows).tokens))
+    wrong = np.flatnonzero(missed > 1e-4)
+    assert not wrong.size, [(i // len(HARD), HARD[i % len(HARD)], missed[i]) for i in wrong]
 
 
 @pytest.mark.parametrize("vocab", [1, 5, MAX_LOGPROBS, 1000])
