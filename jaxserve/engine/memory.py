@@ -5,6 +5,7 @@ weight is loaded or a program compiled.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from jaxserve.pallas_kernels.matmul.tiles import OUTS
 from jaxserve.pallas_kernels.paged_attention import PoolShape, pool_shape, why_not
 from jaxserve.pallas_kernels.paged_attention.tuning import gpu, mosaic, tpu
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
+
+log = logging.getLogger(__name__)
 
 GRID = 64
 """The pool's size is rounded down to this many blocks, so that another reading of free memory does not
@@ -126,6 +129,9 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
         )
     if not budget.fits:
         raise ConfigError(_refusal(case, budget))
+    if pool.num_blocks == _addressable(case, pool, room := budget.room // budget.block) < room:
+        size = gib(room * budget.block - budget.pool)
+        log.warning("%s stay free: attention=gpu reads no more than 2 GiB of 8-bit KV in a layer", size)
     return budget
 
 
@@ -167,8 +173,7 @@ def _budget(case: Case, memory: Memory) -> Budget:
         runtime=_runtime(case, shapes, memory),
         block=pool.block_bytes // case.shards * dims.num_hidden_layers,
     )
-    most = _addressable(case, pool, max(2, budget.room // budget.block))
-    count = config.num_blocks or _count(budget, config, min(seqs * width, most - 1))
+    count = config.num_blocks or _addressable(case, pool, _count(budget, config, seqs * width))
     return budget._replace(shapes=shapes._replace(pool=pool._replace(num_blocks=count)))
 
 

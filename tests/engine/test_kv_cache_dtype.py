@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,10 +169,13 @@ def blocks_on_a_gpu(memory: int, kv: str, **options) -> int:
     return fit(config, model, Memory(GPU, "a GPU", memory * 2**30, 0, "")).shapes.pool.num_blocks
 
 
-def test_a_gpu_holds_nearly_twice_as_many_blocks_but_for_what_its_kernel_cannot_address():
+def test_a_gpu_holds_nearly_twice_as_many_blocks_but_for_what_its_kernel_cannot_address(caplog):
     layer = 2 * 8 * 16 * 128  # bytes of a block in 8 bits
     assert blocks_on_a_gpu(60, "fp8") == pytest.approx(2 * 128 / 132 * blocks_on_a_gpu(60, "auto"), rel=0.01)
+    assert not caplog.messages
     assert blocks_on_a_gpu(100, "int8") == 2**31 // layer
-    assert blocks_on_a_gpu(200, "int8") > 2**32 // layer
+    assert re.fullmatch(r"1\d\.\d GiB stay free: attention=gpu .* 2 GiB .*", *caplog.messages)
+    caplog.clear()
+    assert blocks_on_a_gpu(200, "int8") > 2**32 // layer and not caplog.messages
     with pytest.raises(ConfigError, match=r"num_blocks=80000 .*: attention=gpu reads up to 65536 blocks"):
         blocks_on_a_gpu(200, "int8", num_blocks=80000)
