@@ -41,7 +41,7 @@ FAR = llama("llama 8b, over 2**31 numbers in the pool", (1, 1, 40), (200, 30, 17
 
 def run(job: Job) -> None:
     everything = [*LLAMA, FAR, *IN_16_BITS, *cases.CASES, *cases.IN_8_BITS]
-    chosen = [*cases.CASES[::16], *cases.IN_8_BITS[1::20]] if job.dry else everything
+    chosen = [*cases.CASES[::16], *cases.IN_8_BITS[1:3]] if job.dry else everything
     wrong = 0
     with ThreadPoolExecutor(8) as threads:
         jobs = [(case, threads.submit(prepare, case, job.dry)) for case in chosen]

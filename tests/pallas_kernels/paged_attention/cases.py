@@ -129,27 +129,28 @@ EVERYTHING = {"heads": 9, "kv_heads": 3, "dim": 80, "window": 11, "soft_cap": 3.
 EVERYTHING |= {"sinks": True, "alibi": True}
 IN_8_BITS = [
     Case(f"{number.__name__} {name}", *batch, pool_dtype=number, **layer)
-    for number in (INT8, FP8)
-    for name, batch, layer in [
-        ("decode", DECODE, {}),
-        ("decode bf16", DECODE, {"dtype": BF16}),
-        ("decode long window", ((1, 1), (300, 63)), {"window": 100}),
-        ("decode long sinks", ((1, 1), (300, 63)), {"sinks": True}),
-        ("mixed", MIXED, {}),
-        ("mixed bf16", MIXED, {"dtype": BF16}),
-        ("mixed f16 bits", MIXED, {"dtype": jnp.float16, "bits": True}),
-        ("mixed gap", MIXED, {"pad_rows": 3, "gap": 3}),
-        ("shared prefix", ((1, 1), (40, 37)), {"shared_blocks": 2}),
-        ("only padding", ((), ()), {"pad_seqs": 2, "pad_rows": 20}),
-        *((f"head size {dim}", MIXED, {"dim": dim}) for dim in (20, 80, 256)),
-        ("block size 64", MIXED, {"block_size": 64}),
-        ("soft cap", MIXED, {"soft_cap": 2.0}),
-        ("alibi", MIXED, {"alibi": True}),
-        ("rows of zeros", MIXED, {"zeros": True, "pad_rows": 2}),
-        ("rotary bf16", MIXED, {"rotary": True, "dtype": BF16}),
-        ("everything", MIXED, EVERYTHING),
-        ("everything bf16", MIXED, EVERYTHING | {"dtype": BF16}),
+    for numbers, name, batch, layer in [
+        ((INT8,), "decode", DECODE, {}),
+        ((INT8, FP8), "decode bf16", DECODE, {"dtype": BF16}),
+        ((INT8,), "decode long window", ((1, 1), (300, 63)), {"window": 100}),
+        ((FP8,), "decode long sinks", ((1, 1), (300, 63)), {"sinks": True}),
+        ((INT8, FP8), "mixed", MIXED, {}),
+        ((INT8, FP8), "mixed bf16", MIXED, {"dtype": BF16}),
+        ((INT8, FP8), "mixed f16 bits", MIXED, {"dtype": jnp.float16, "bits": True}),
+        ((INT8,), "mixed gap", MIXED, {"pad_rows": 3, "gap": 3}),
+        ((FP8,), "shared prefix", ((1, 1), (40, 37)), {"shared_blocks": 2}),
+        ((INT8,), "only padding", ((), ()), {"pad_seqs": 2, "pad_rows": 20}),
+        ((INT8, FP8), "head size 20", MIXED, {"dim": 20}),
+        ((FP8,), "head size 256", MIXED, {"dim": 256}),
+        ((FP8,), "block size 64", MIXED, {"block_size": 64}),
+        ((INT8,), "soft cap", MIXED, {"soft_cap": 2.0}),
+        ((INT8,), "alibi", MIXED, {"alibi": True}),
+        ((INT8, FP8), "rows of zeros", MIXED, {"zeros": True, "pad_rows": 2}),
+        ((INT8, FP8), "rotary bf16", MIXED, {"rotary": True, "dtype": BF16}),
+        ((INT8, FP8), "everything", MIXED, EVERYTHING),
+        ((FP8,), "everything bf16", MIXED, EVERYTHING | {"dtype": BF16}),
     ]
+    for number in numbers
 ]
 
 
