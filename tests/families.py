@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compilation import Counts
 from jaxserve.engine.devices import Memory, Platform
-from jaxserve.engine.kernels import PORTABLE, attention_for
+from jaxserve.engine.kernels import kernels_for
 from jaxserve.engine.memory import fit
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import Programs
@@ -35,10 +35,9 @@ def programs_of(
     """The ladder of an engine for 16 sequences and 64 tokens; nothing is compiled."""
     sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 512, "num_blocks": 65}
     config = EngineConfig(mesh=f"{mesh.size}x1", **sizes, **options)
-    attention = "xla" if platform.name == "cpu" else attention_for(config, platform)
-    kernels = PORTABLE._replace(
-        attention=attention, sampler=platform.sampler, rounded=platform.name != "cpu"
-    )
+    kernels = kernels_for(config, platform, jnp.bfloat16)
+    if platform.name == "cpu":
+        kernels = kernels._replace(attention="xla")
     model = LoadedModel(config_of(family), mesh, jnp.bfloat16, kernels)
     budget = fit(config, model, Memory(platform, "a device", 2**30, 0, "a gibibyte"))
     return kind(model, budget.shapes, platform.smallest_decode, Counts())

@@ -64,17 +64,22 @@ def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
 def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """What was asked for, or would be best."""
     platform = platform_of(mesh.devices.flat[0])
-    attention = attention_for(config, platform)
-    if attention == "mosaic" and (missing := _no_hopper(mesh)):
+    chosen = kernels_for(config, platform, dtype)
+    if chosen.attention == "mosaic" and (missing := _no_hopper(mesh)):
         raise ConfigError(f"attention=mosaic cannot be had: {missing}")
-    if attention == "gpu" and config.kv_cache_dtype == "fp8" and (missing := _no_fp8(mesh)):
+    if chosen.attention == "gpu" and config.kv_cache_dtype == "fp8" and (missing := _no_fp8(mesh)):
         raise ConfigError(f"kv_cache_dtype=fp8 cannot be had: {missing}; int8 has no such limit")
-    # XLA shards a mesh's weights and logits
-    native: Any = "cpu" if platform.name == "cpu" and mesh.size == 1 else None
-    product = (native or "xla") if config.matmul == "auto" else config.matmul
-    sampler = native if native and config.sampler == "auto" else sampler_for(config, platform)
+    if platform.name == "cpu" and mesh.size == 1:  # XLA shards a mesh's weights and logits
+        native: Any = {name: "cpu" for name in ("matmul", "sampler") if getattr(config, name) == "auto"}
+        chosen = chosen._replace(**native)
+    return chosen
+
+
+def kernels_for(config: EngineConfig, platform: Platform, dtype: Any) -> Kernels:
+    """What was asked for, or would be best on such a device without C++. Raises as `attention_for`."""
+    product: Any = "xla" if config.matmul == "auto" else config.matmul
     rounded = platform.name != "cpu" and dtype == jnp.bfloat16
-    return Kernels(attention, product, sampler, rounded)
+    return Kernels(attention_for(config, platform), product, sampler_for(config, platform), rounded)
 
 
 def attention_for(config: EngineConfig, platform: Platform) -> paged_attention.Implementation:

@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.devices import gib, make_mesh, memory_of, weight_type
-from jaxserve.engine.kernels import PORTABLE, attention_for, choose_kernels, sampler_for
+from jaxserve.engine.kernels import choose_kernels, kernels_for
 from jaxserve.engine.memory import Budget, fit, process_bytes
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Programs, ladder
@@ -105,12 +105,7 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     mesh: Any = make_mesh(config, 0) if there is None else abstract_mesh(config)
     memory = memory_of(config, mesh.devices.flat[0]) if there is None else memory_of_chip(config, there)
     dtype = weight_type(config.dtype, raw, memory.platform)
-    if there:
-        kernels = PORTABLE._replace(
-            attention=attention_for(config, there.platform), sampler=sampler_for(config, there.platform)
-        )
-    else:
-        kernels = choose_kernels(config, mesh, dtype)
+    kernels = kernels_for(config, there.platform, dtype) if there else choose_kernels(config, mesh, dtype)
     model = LoadedModel(raw, mesh, dtype, kernels, config.quantization)
     budget = fit(config, model, memory)
     buckets = ladder(budget.shapes, memory.platform.smallest_decode)
