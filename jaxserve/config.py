@@ -95,6 +95,9 @@ class ServerConfig(EngineConfig, kw_only=True, forbid_unknown_fields=True):
     port: Annotated[int, about("port to listen on; 0: any free one")] = 8000
     served_model_name: Annotated[list[str] | None, about("names that requests may use for the model")] = None
     chat_template: Annotated[str | None, about("chat template file, if not the model's own")] = None
+    trust_request_chat_template: Annotated[
+        bool, about("requests may bring a chat_template, rendered within bounds in a process of its own")
+    ] = False
     api_key: Annotated[list[str] | None, about("keys that clients may use; none: open to all")] = None
     share_prefix_cache: Annotated[
         bool, about("one prefix cache for all API keys, whose clients can then time each other's prompts")

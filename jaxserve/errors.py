@@ -1,5 +1,8 @@
 """Errors that a user can act on. Everything else is a bug."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class JaxserveError(Exception):
     """Base of every error this package raises on purpose; its text is one line for a person."""
@@ -31,3 +34,18 @@ class QueueFull(JaxserveError):
 
 class EngineDied(JaxserveError, RuntimeError):
     """The engine process ended while the request was in it."""
+
+
+@contextmanager
+def renamed(written: dict[str, str]) -> Iterator[None]:
+    """Errors about a parameter name the field that the client wrote."""
+    try:
+        yield
+    except InvalidRequest as error:
+        head = (error.param or "").partition("[")[0]
+        if head not in written:
+            raise
+        text, param = str(error), error.param or ""
+        if text.startswith(head):
+            text = written[head] + text.removeprefix(head)
+        raise InvalidRequest(text, written[head] + param.removeprefix(head), error.code) from None

@@ -3,9 +3,10 @@
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
-from typing import Any, cast
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 from jaxserve.aliases import translate
 from jaxserve.config import DEFAULT_MODEL, EngineConfig, parse_mesh
@@ -15,12 +16,21 @@ from jaxserve.engine.plan import Plan
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
 from jaxserve.engine.stats import StepRecord, add_up
 from jaxserve.engine.text_side import load_text_side
-from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
+from jaxserve.errors import EngineDied, InvalidRequest, QueueFull, renamed
 from jaxserve.loading.hub import resolve
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.output import OutputProcessor
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+
+class Tokenized(NamedTuple):
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str
 
 
 class Engine:
@@ -76,19 +86,49 @@ class Engine:
         """
         one = isinstance(prompts, str | dict) or is_token_ids(prompts)
         many = cast(list[Prompt], [prompts] if one else list(prompts))
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or self.default_params()] * len(many)
-        if len(params) != len(many):
-            raise InvalidRequest(f"{len(many)} prompts but {len(params)} SamplingParams", "params")
-        ids: list[str] = []
-        try:
-            for prompt, wanted in zip(many, params, strict=True):
-                ids.append(self.add_request(prompt, _with_kind(wanted, "final")))
-        except BaseException:
-            self.abort(ids)
-            raise
-        done = self._run(ids, use_progress)
-        return [done[request_id] for request_id in ids]
+        each = _for_each(self.default_params() if params is None else params, len(many))
+        return self._complete((self._tokenized(prompt) for prompt in many), each, use_progress)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_progress: bool = True,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        documents: Sequence[Message] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list; outputs in their order.
+
+        `chat_template` (Jinja text) replaces the model's own; `chat_template_kwargs` are variables of it. The
+        output goes on with the last message (`continue_final_message`) or begins a new one
+        (`add_generation_prompt`, the default). Without `params` an answer may take the rest of the context.
+        Raises InvalidRequest, before anything runs.
+        """
+        one = not messages or isinstance(messages[0], Mapping)
+        many = cast(list[Conversation], [messages] if one else list(messages))
+        each = _for_each(self.default_params(max_tokens=None) if params is None else params, len(many))
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: give token ids to generate", "messages")
+        render = partial(
+            self.tokenizer.template(chat_template).render,
+            chat_template_kwargs=chat_template_kwargs,
+            documents=documents,
+            add_generation_prompt=(
+                not continue_final_message if add_generation_prompt is None else add_generation_prompt
+            ),
+            continue_final_message=continue_final_message,
+        )
+        texts = []
+        for i, conversation in enumerate(many):
+            with nullcontext() if one else renamed({"messages": f"messages[{i}]"}):
+                texts.append(render(conversation))
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        with renamed({"prompt": "messages"}):
+            return self._complete((Tokenized(text, encode(text), "") for text in texts), each, use_progress)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -101,20 +141,7 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
         """Queue a request for `step`; its id. Raises InvalidRequest."""
-        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        given, cache_salt = parse_prompt(prompt)
-        if isinstance(given, str):
-            if self.tokenizer is None:
-                raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
-            text, tokens = given, self.tokenizer.encode(given)
-        else:
-            text, tokens = None, given
-        core = min(self._cores, key=lambda core: core.unfinished)
-        params = params or self.default_params()
-        for request in self._processor.add(request_id, text, tokens, params, cache_salt):
-            core.add(request)
-        self._core_of[request_id] = core
-        return request_id
+        return self._add(self._tokenized(prompt), params or self.default_params(), request_id)
 
     def step(self) -> list[RequestOutput]:
         """One turn of the engine: outputs of the added requests that have something new."""
@@ -166,6 +193,38 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _tokenized(self, prompt: Prompt) -> Tokenized:
+        content, cache_salt = parse_prompt(prompt)
+        if isinstance(content, list):
+            return Tokenized(None, content, cache_salt)
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: give token ids", "prompt")
+        return Tokenized(content, self.tokenizer.encode(content), cache_salt)
+
+    def _add(self, prompt: Tokenized, params: SamplingParams, request_id: str | None = None) -> str:
+        request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
+        core = min(self._cores, key=lambda core: core.unfinished)
+        for request in self._processor.add(
+            request_id, prompt.text, prompt.token_ids, params, prompt.cache_salt
+        ):
+            core.add(request)
+        self._core_of[request_id] = core
+        return request_id
+
+    def _complete(
+        self, prompts: Iterable[Tokenized], params: Sequence[SamplingParams], use_progress: bool
+    ) -> list[RequestOutput]:
+        """One of `params` for each prompt."""
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(prompts, params, strict=True):
+                ids.append(self._add(prompt, _with_kind(wanted, "final")))
+        except BaseException:
+            self.abort(ids)
+            raise
+        done = self._run(ids, use_progress)
+        return [done[request_id] for request_id in ids]
 
     def _run(self, ids: list[str], use_progress: bool) -> dict[str, RequestOutput]:
         from tqdm import tqdm
@@ -228,8 +287,24 @@ class LLM(Engine):
     ) -> list[RequestOutput]:
         return super().generate(prompts, sampling_params, use_tqdm)
 
+    def chat(  # type: ignore[override]  # two names are vLLM's
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        return super().chat(messages, sampling_params, use_tqdm, **options)
+
     def get_default_sampling_params(self) -> SamplingParams:
         return self.default_params()
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> Sequence[SamplingParams]:
+    many = [params] * count if isinstance(params, SamplingParams) else params
+    if len(many) != count:
+        raise InvalidRequest(f"{count} prompts but {len(many)} SamplingParams", "params")
+    return many
 
 
 def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxserve.server.body import read_json
+from jaxserve.server.request_id import USABLE
 from jaxserve.server.state import ServerState
 
 
@@ -55,6 +56,9 @@ class EngineEndpoint:
                 work.result()
 
     async def _answer(self, fields: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        named = fields.get("request_id")
+        if isinstance(named, str) and USABLE.fullmatch(named):
+            scope["state"]["request_id"] = named
         caller = Caller(scope["state"]["request_id"], scope["state"].get("tenant", ""), time.monotonic())
         response = await self._handler(self._state, fields, caller)
         await response(scope, receive, send)

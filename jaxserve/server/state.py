@@ -17,6 +17,7 @@ class ServerState:
         self.model_names = config.served_model_name or [config.model]
         self.max_body_size = config.max_body_size
         self.share_prefix_cache = config.share_prefix_cache
+        self.trust_request_chat_template = config.trust_request_chat_template
         self.request_timeout = config.request_timeout
         self.vllm_metrics = config.metrics_compat == "vllm"
         self.outcomes = Outcomes()

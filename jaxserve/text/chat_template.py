@@ -6,19 +6,23 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jaxserve.errors import InvalidRequest, ModelError
+from jaxserve.errors import InvalidRequest, JaxserveError, ModelError
 
 CUT = "<jaxserve:continue> "
 """Marks where the last message's text ends. Its last space tells whether the template trims messages."""
+ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""What a caller gives under its own name, and not among the template's other variables."""
 
 
 class ChatTemplate:
     """One template. It is compiled when first used, as Jinja takes longer to import than to run."""
 
-    def __init__(self, source: str, variables: Mapping[str, str]):
-        """`variables`: what the template may name besides the messages (bos_token, eos_token, …)."""
+    def __init__(self, source: str, variables: Mapping[str, str], given: bool = False):
+        """`variables`: what the template may name besides the messages (bos_token, eos_token, …); `given`:
+        by a request, whose own fault its errors are."""
         self.source = source
         self.variables = variables
+        self._given = given
 
     def render(
         self,
@@ -28,15 +32,21 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text; with `continue_final_message` it ends inside the last message.
 
-        Raises InvalidRequest with the path of what is wrong, `messages` when the template refuses.
+        Raises InvalidRequest with the path of what is wrong, `messages` when the template refuses them, and
+        for documents or further variables that the template has no place for.
         """
         chat = [self._message(i, message) for i, message in enumerate(messages)]
         if not chat:
             raise InvalidRequest("messages must not be empty", "messages")
+        variables = dict(chat_template_kwargs or {})
+        for name in variables:
+            self._check_variable(name)
+        if documents and "documents" not in self._names:
+            raise InvalidRequest("the chat template has no place for documents", "documents")
         if continue_final_message:
             if add_generation_prompt:
                 raise InvalidRequest(
@@ -47,16 +57,17 @@ class ChatTemplate:
             text = self._compiled.render(
                 messages=chat,
                 tools=tools,
-                documents=documents,
+                documents=documents or None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self.variables, **variables},
             )
-        except ModelError:
+        except JaxserveError:
             raise
         except Exception as error:  # whatever the template's code runs into
-            raise InvalidRequest(
-                f"the model's chat template refused the messages: {error}", "messages"
-            ) from error
+            told, param = "the model's chat template refused the messages", "messages"
+            if self._given:
+                told, param = "the chat_template failed", "chat_template"
+            raise InvalidRequest(f"{told}: {str(error) or type(error).__name__}", param) from error
         return _cut(text) if continue_final_message else text
 
     @cached_property
@@ -66,17 +77,34 @@ class ChatTemplate:
         try:
             return _environment().from_string(self.source)
         except TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template is broken in line {error.lineno}: {error.message}"
-            ) from error
+            told = f"the chat template is broken in line {error.lineno}: {error.message}"
+            raise (InvalidRequest(told, "chat_template") if self._given else ModelError(told)) from error
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """The variables that the template asks for."""
+        from jinja2 import meta
+
+        return meta.find_undeclared_variables(self._parsed)
+
+    def _check_variable(self, name: str) -> None:
+        path = f"chat_template_kwargs.{name}"
+        if name in ARGUMENTS:
+            raise InvalidRequest(f"{path} must be given as {name}", path)
+        if name not in self._names:
+            raise InvalidRequest(f"the chat template has no variable {name}", path, "unknown_field")
 
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template itself walks over a message's parts."""
         from jinja2 import nodes
 
-        tree = _environment().parse(self.source)
-        return any(_is_content(loop.iter, nodes) for loop in tree.find_all(nodes.For))
+        return any(_is_content(loop.iter, nodes) for loop in self._parsed.find_all(nodes.For))
+
+    @cached_property
+    def _parsed(self) -> Any:
+        self._compiled  # noqa: B018  raises for what cannot be parsed
+        return _environment().parse(self.source)
 
     def _message(self, i: int, message: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(message, Mapping):
@@ -84,25 +112,45 @@ class ChatTemplate:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             raise InvalidRequest(f"messages[{i}].role must be a string", f"messages[{i}].role")
+        if role == "developer" and role not in self.source:
+            role = "system"  # its older name
         if content is None and role == "assistant":
-            content = ""
+            content = message.get("refusal") or ""
         elif isinstance(content, (list, tuple)):
             texts = [_part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
-            content = [dict(part) for part in content] if self._wants_parts else "\n".join(texts)
+            parts = [{"type": "text", "text": text} for text in texts]
+            content = parts if self._wants_parts else "\n".join(texts)
         elif not isinstance(content, str):
             path = f"messages[{i}].content"
             raise InvalidRequest(f"{path} must be a string or a list of parts", path)
-        return {**message, "content": content}
+        return {**message, **_reasoning(message), "role": role, "content": content}
+
+
+def content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """A message's content as a template sees it that knows no parts."""
+    if isinstance(content, str | None):
+        return content or ""
+    return "\n".join(part[part["type"]] for part in content)
+
+
+def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What an assistant thought, under the names that templates know, as transformers gives it."""
+    given = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
+    reasoning = next((text for text in given if text is not None), None)
+    if reasoning is None:
+        return {}
+    return {"reasoning_content": reasoning, "thinking": message.get("thinking", reasoning)}
 
 
 def _part_text(part: Any, path: str) -> str:
     if not isinstance(part, Mapping):
         raise InvalidRequest(f"{path} must be an object", path)
-    if part.get("type") != "text":
-        raise InvalidRequest(f"{path}.type must be 'text', not {part.get('type')!r}", f"{path}.type")
-    if not isinstance(part.get("text"), str):
-        raise InvalidRequest(f"{path}.text must be a string", f"{path}.text")
-    return part["text"]
+    kind = part.get("type")
+    if kind not in ("text", "refusal"):
+        raise InvalidRequest(f"{path}.type must be 'text', not {kind!r}", f"{path}.type")
+    if not isinstance(part.get(kind), str):
+        raise InvalidRequest(f"{path}.{kind} must be a string", f"{path}.{kind}")
+    return part[kind]
 
 
 def _is_content(node: Any, nodes: Any) -> bool:

@@ -65,8 +65,8 @@ class OutputProcessor:
         if request_id in self._requests:
             raise InvalidRequest(f"request_id {request_id!r} is already in use", "request_id")
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
-        self._check_tokens(prompt_token_ids, "prompt")
-        self._check_tokens(params.stop_token_ids or (), "stop_token_ids")
+        check_token_ids(prompt_token_ids, self._vocab_size, "prompt")
+        check_token_ids(params.stop_token_ids or (), self._vocab_size, "stop_token_ids")
         if params.priority and not self._priorities:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
@@ -149,13 +149,6 @@ class OutputProcessor:
         ids = [request.core_id(sequence.index) for sequence in request.sequences]
         return [id for id in ids if self._sequences.pop(id, None)]
 
-    def _check_tokens(self, ids: Sequence[int], field: str) -> None:
-        limit = self._vocab_size
-        for i, token in enumerate(ids):
-            if type(token) is not int or token < 0 or (limit is not None and token >= limit):
-                wanted = "a token id" if limit is None else f"a token id between 0 and {limit - 1}"
-                raise InvalidRequest(f"{field}[{i}] must be {wanted}, not {token!r}", f"{field}[{i}]")
-
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
             raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
@@ -178,6 +171,14 @@ class OutputProcessor:
                     "context_length_exceeded",
                 )
         return self._max_request_tokens - prompt if max_tokens is None else max_tokens
+
+
+def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:
+    """Raises InvalidRequest with the place of the first that is no token id below `limit`."""
+    for i, token in enumerate(ids):
+        if type(token) is not int or token < 0 or (limit is not None and token >= limit):
+            wanted = "a token id" if limit is None else f"a token id between 0 and {limit - 1}"
+            raise InvalidRequest(f"{field}[{i}] must be {wanted}, not {token!r}", f"{field}[{i}]")
 
 
 class _Request:

@@ -100,6 +100,25 @@ class Tokenizer:
         """`token_bytes` as text, with U+FFFD where they are no whole character."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def info(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` would say, in its names."""
+        names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        added = {
+            i: {name: getattr(token, name) for name in names}
+            for i, token in sorted(self.backend.get_added_tokens_decoder().items())
+        }
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "vocab_size": self.vocab_size,
+            **self.named,
+            "added_tokens_decoder": added,
+            "chat_template": self.chat_template,
+        }
+
     @cached_property
     def byte_level(self) -> bool:
         """Tokens are plain byte strings, so that decoding is joining them."""
@@ -160,12 +179,18 @@ class Tokenizer:
 
         Raises InvalidRequest for messages the template refuses, or when the model has no template.
         """
+        return self.template().render(messages, **options)
+
+    def template(self, source: str | None = None) -> ChatTemplate:
+        """The one that a request gives, or the model's own. Raises InvalidRequest where there is none."""
+        if source is not None:
+            return ChatTemplate(source, self.named, given=True)
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template; start it with --chat-template, or use plain completions",
                 "messages",
             )
-        return self._template.render(messages, **options)
+        return self._template
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """`render_chat` as token ids; the template itself writes the special tokens."""

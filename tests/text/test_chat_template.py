@@ -108,9 +108,9 @@ def test_system_message_and_tool_calls():
 
 
 def test_documents_and_other_variables():
-    options = {"documents": [{"title": "T", "text": "x"}], "enable_thinking": False}
-    ours = ChatTemplate(PARTS, NAMED).render([USER], **options)
-    assert ours == theirs(PARTS, [USER], **options)
+    documents, variables = [{"title": "T", "text": "x"}], {"enable_thinking": False}
+    ours = ChatTemplate(PARTS, NAMED).render([USER], documents=documents, chat_template_kwargs=variables)
+    assert ours == theirs(PARTS, [USER], documents=documents, add_generation_prompt=True, **variables)
     assert ours.endswith("[T]<nothink>")
 
 

@@ -1,18 +1,18 @@
 """`POST /v1/chat/completions`."""
 
-import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
-from jaxserve.errors import InvalidRequest
-from jaxserve.outputs import RequestOutput
+from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.endpoint import Caller
+from jaxserve.server.openai.conversation import render
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs
-from jaxserve.server.openai.requests import ChatRequest, parse_chat, renamed
+from jaxserve.server.openai.requests import ChatRequest, parse_chat
 from jaxserve.server.openai.responses import (
     ChatChoice,
     ChatChunk,
@@ -28,44 +28,38 @@ from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
-RENDER_INLINE = 4096
-"""Longest conversation, in characters, that is rendered on the event loop."""
-
 
 async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
-    request = parse_chat(body)
+    request, conversation = parse_chat(body)
     model = state.check_model(request.model)
-    tokenizer = state.engine.tokenizer
-    if tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", "messages")
     params = request.params(state.engine.default_params)
-    text = await _render(tokenizer, request)
-    with renamed({"prompt": "messages"}):
-        prompt = await state.engine.encode(text, add_special_tokens=False)
+    prompt = (await render(state, conversation)).token_ids
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
     generation = Generation(state, [prompt], cache_salt, caller, params, written)
-    reply = _Reply(f"chatcmpl-{caller.request_id}", model, request, tokenizer, generation)
+    echo = conversation.last_text if request.echo else ""
+    id = f"chatcmpl-{caller.request_id}"
+    reply = _Reply(id, model, request, prompt, echo, state.engine.tokenizer, generation)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
-
-
-async def _render(tokenizer: Tokenizer, request: ChatRequest) -> str:
-    messages = msgspec.to_builtins(request.messages)
-    for message in messages:
-        if message["role"] == "developer":  # templates know it by its older name
-            message["role"] = "system"
-    if sum(len(str(message["content"])) for message in messages) <= RENDER_INLINE:
-        return tokenizer.render_chat(messages)
-    return await asyncio.to_thread(tokenizer.render_chat, messages)
 
 
 class _Reply:
     def __init__(
-        self, id: str, model: str, request: ChatRequest, tokenizer: Tokenizer, generation: Generation
+        self,
+        id: str,
+        model: str,
+        request: ChatRequest,
+        prompt: list[int],
+        echo: str,
+        tokenizer: Tokenizer | None,
+        generation: Generation,
     ):
+        """`echo`: what every choice begins with."""
         self._id = id
         self._model = model
         self._request = request
+        self._prompt = prompt if request.return_token_ids else UNSET
+        self._echo = echo
         self._tokenizer = tokenizer
         self._generation = generation
         self._top = request.top_logprobs or 0
@@ -77,9 +71,10 @@ class _Reply:
             choices.extend(
                 ChatChoice(
                     sequence.index,
-                    ChatMessage(sequence.text),
+                    ChatMessage(self._echo + sequence.text),
                     sequence.finish_reason,
                     chat_logprobs(sequence, self._top, self._tokenizer),
+                    self._token_ids(sequence),
                 )
                 for sequence in output.outputs
             )
@@ -92,6 +87,7 @@ class _Reply:
                 model=self._model,
                 choices=choices,
                 usage=self._generation.usage,
+                prompt_token_ids=self._prompt,
             )
         )
 
@@ -106,10 +102,18 @@ class _Reply:
                 index = sequence.index
                 if index not in begun:
                     begun.add(index)
-                    choices.append(ChunkChoice(index, Delta("assistant", "")))
-                if sequence.text or sequence.logprobs:
+                    role = ChunkChoice(index, Delta("assistant", ""))
+                    if self._prompt is UNSET:
+                        choices.append(role)
+                    else:
+                        events.write(msgspec.json.encode(self._chunk(usage, [role], self._prompt)))
+                    if self._echo:
+                        choices.append(ChunkChoice(index, Delta(content=self._echo)))
+                token_ids = self._token_ids(sequence)
+                if sequence.text or sequence.logprobs or token_ids:
                     logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
-                    choices.append(ChunkChoice(index, Delta(content=sequence.text), logprobs=logprobs))
+                    delta = Delta(content=sequence.text)
+                    choices.append(ChunkChoice(index, delta, logprobs=logprobs, token_ids=token_ids))
                 if sequence.finish_reason is not None:
                     choices.append(ChunkChoice(index, Delta(), sequence.finish_reason))
             events.write(*map(chunks.encode, choices))
@@ -118,8 +122,20 @@ class _Reply:
         if self._request.include_usage:
             events.write(msgspec.json.encode(self._chunk(self._generation.usage)))
 
-    def _chunk(self, usage: Usage | None) -> ChatChunk:
-        shown = usage if usage or self._request.include_usage else UNSET
+    def _token_ids(self, sequence: CompletionOutput) -> list[int] | UnsetType:
+        return sequence.token_ids if self._request.return_token_ids else UNSET
+
+    def _chunk(
+        self,
+        usage: Usage | None,
+        choices: Sequence[ChunkChoice] = (),
+        prompt: list[int] | UnsetType = UNSET,
+    ) -> ChatChunk:
         return ChatChunk(
-            id=self._id, created=self._generation.created, model=self._model, choices=[], usage=shown
+            id=self._id,
+            created=self._generation.created,
+            model=self._model,
+            choices=list(choices),
+            usage=usage if usage or self._request.include_usage else UNSET,
+            prompt_token_ids=prompt,
         )

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.endpoint import Caller
-from jaxserve.server.openai.generation import Generation
+from jaxserve.server.openai.generation import Generation, PromptsOnly
 from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
 from jaxserve.server.openai.requests import CompletionRequest, parse_completion
 from jaxserve.server.openai.responses import ChunkEncoder, Completion, CompletionChoice, Usage, json_response
@@ -31,11 +31,18 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
     if len(prompts) * params.n > MAX_SEQUENCES:
         told = f"{len(prompts)} prompts with n = {params.n} are more than {MAX_SEQUENCES} sequences"
         raise InvalidRequest(told, "n", "invalid_value")
-    cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
-    generation = Generation(state, prompts, cache_salt, caller, params, written)
     tokenizer = state.engine.tokenizer
+    if request.echo and tokenizer is None:
+        raise InvalidRequest("echo needs a tokenizer, and this model has none", "echo")
+    special = request.add_special_tokens is not False
+    generation: Generation | PromptsOnly
+    if request.only_echo:
+        generation = PromptsOnly(state.engine, prompts, params.n, written, special)
+    else:
+        cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
+        generation = Generation(state, prompts, cache_salt, caller, params, written, special)
     id = f"cmpl-{caller.request_id}"
-    reply = _Reply(id, model, request, generation, tokenizer, params.skip_special_tokens)
+    reply = _Reply(id, model, request, prompts, generation, tokenizer, params.skip_special_tokens)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
@@ -73,13 +80,16 @@ class _Reply:
         id: str,
         model: str,
         request: CompletionRequest,
-        generation: Generation,
+        prompts: list[str | list[int]],
+        generation: Generation | PromptsOnly,
         tokenizer: Tokenizer | None,
         skip_special_tokens: bool,
     ):
         self._id = id
         self._model = model
         self._request = request
+        self._prompts = prompts
+        self._begun: set[int] = set()
         self._generation = generation
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
@@ -114,7 +124,23 @@ class _Reply:
             if index not in self._offsets:
                 self._offsets[index] = self._text_offsets(output.prompt_token_ids)
             logprobs = completion_logprobs(sequence, self._request.logprobs or 0, self._offsets[index])
-        return CompletionChoice(index, sequence.text, sequence.finish_reason, logprobs)
+        choice = CompletionChoice(index, sequence.text, sequence.finish_reason, logprobs)
+        if self._request.return_token_ids:
+            choice.token_ids = sequence.token_ids
+        if index not in self._begun:
+            self._begun.add(index)
+            if self._request.echo:
+                choice.text = self._prompt_text(prompt) + choice.text
+            if self._request.return_token_ids:
+                choice.prompt_token_ids = output.prompt_token_ids
+        return choice
+
+    def _prompt_text(self, i: int) -> str:
+        prompt = self._prompts[i]
+        if isinstance(prompt, str):
+            return prompt
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(prompt, self._skip_special_tokens)
 
     def _text_offsets(self, prompt: list[int]) -> TextOffsets:
         if self._tokenizer is None:

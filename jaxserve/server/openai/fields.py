@@ -36,9 +36,6 @@ SAMPLING: NoOps = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "echo": (False,),
-    "request_id": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (),
     "vllm_xargs": (),
@@ -47,7 +44,6 @@ SAMPLING: NoOps = {
 }
 CHAT: NoOps = {
     **SAMPLING,
-    "add_special_tokens": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools, which are refused
     "parallel_tool_calls": (True, False),
@@ -59,25 +55,16 @@ CHAT: NoOps = {
     "web_search_options": (),
     "reasoning_effort": (),
     "include_reasoning": (True, False),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "documents": ([],),
     "mm_processor_kwargs": ({},),
 }
-COMPLETION: NoOps = {**SAMPLING, "add_special_tokens": (True,), "suffix": (), "prompt_embeds": ()}
+COMPLETION: NoOps = {**SAMPLING, "suffix": (), "prompt_embeds": ()}
 STREAM_OPTIONS: NoOps = {"include_obfuscation": (False,)}
 MESSAGE: NoOps = {
-    "name": (),
-    "refusal": (),
     "audio": (),
     "annotations": ([],),
     "function_call": (),
     "tool_calls": ([],),
     "tool_call_id": (),
-    "reasoning": (),
-    "reasoning_content": (),
 }
 
 

@@ -5,15 +5,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.lane import Job, Sink
-from jaxserve.errors import JaxserveError
-from jaxserve.outputs import RequestOutput
+from jaxserve.errors import InvalidRequest, JaxserveError, renamed
+from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.errors import ApiError, unavailable
-from jaxserve.server.openai.requests import renamed
 from jaxserve.server.openai.responses import Usage
 from jaxserve.server.state import ServerState
+from jaxserve.text.output import check_token_ids
 
 Show = Callable[[int, RequestOutput], None]
 """Takes the number of a prompt and an output of it, at once: there is no task between it and the engine."""
@@ -36,6 +37,7 @@ class Generation:
         caller: Caller,
         params: SamplingParams,
         written: dict[str, str],
+        add_special_tokens: bool = True,
     ):
         self.created = int(time.time())
         self.usage = Usage()
@@ -48,6 +50,7 @@ class Generation:
         self._watch = state.outcomes.watch(caller.arrived, len(prompts), params)
         self._params = params
         self._written = written
+        self._add_special_tokens = add_special_tokens
         self._begun: set[int] = set()
         self._running = len(prompts)
 
@@ -79,9 +82,12 @@ class Generation:
 
     async def _submit(self, i: int, sink: Sink) -> Job:
         written = self._written if len(self._prompts) == 1 else self._written | {"prompt": f"prompt[{i}]"}
-        kind = "prompt" if isinstance(self._prompts[i], str) else "prompt_token_ids"
-        prompt = {kind: self._prompts[i], "cache_salt": self._cache_salt}
         with renamed(written):
+            content = self._prompts[i]
+            if isinstance(content, str) and not self._add_special_tokens:
+                content = await self._engine.encode(content, add_special_tokens=False)
+            kind = "prompt" if isinstance(content, str) else "prompt_token_ids"
+            prompt = {kind: content, "cache_salt": self._cache_salt}
             return await self._engine.submit(prompt, sink, self._params, tenant=self._tenant, follows=i > 0)
 
     def _take(
@@ -113,3 +119,49 @@ class Generation:
             self.usage.count_prompt(output)
         self.usage.count_output(output)
         self._watch.saw(i, output)
+
+
+class PromptsOnly:
+    """Instead of a `Generation` where nothing is generated: the engine has no part in it."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        prompts: Sequence[str | list[int]],
+        n: int,
+        written: dict[str, str],
+        add_special_tokens: bool,
+    ):
+        self.created = int(time.time())
+        self.usage = Usage()
+        self._engine = engine
+        self._prompts = prompts
+        self._n = n
+        self._written = written
+        self._add_special_tokens = add_special_tokens
+
+    async def run(self, show: Show, taken: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Show every prompt, of as many empty sequences as asked for."""
+        for i, prompt in enumerate(self._prompts):
+            written = {"prompt": f"prompt[{i}]"} if len(self._prompts) > 1 else self._written
+            with renamed(written):
+                ids = await self._token_ids(prompt)
+            empty = [CompletionOutput(k, "", [], finish_reason="length") for k in range(self._n)]
+            output = RequestOutput("", None, ids, empty, finished=True)
+            self.usage.count_prompt(output)
+            show(i, output)
+            await asyncio.sleep(0)
+        await taken()
+
+    async def _token_ids(self, prompt: str | list[int]) -> list[int]:
+        text = isinstance(prompt, str)
+        ids = await self._engine.encode(prompt, self._add_special_tokens) if text else prompt
+        limit = self._engine.max_model_len
+        if not ids:
+            raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
+        if limit is not None and len(ids) > limit:
+            told = f"the prompt has {len(ids)} tokens, and a request can have {limit}"
+            raise InvalidRequest(told, "prompt", "context_length_exceeded")
+        if self._engine.tokenizer is not None:
+            check_token_ids(ids, self._engine.tokenizer.vocab_size, "prompt")
+        return ids

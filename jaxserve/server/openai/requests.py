@@ -1,15 +1,16 @@
 """OpenAI's request bodies, as far as they are served. Types are exact, unknown fields are refused."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.body import to_struct
 from jaxserve.server.openai import fields
+from jaxserve.server.openai.conversation import Conversation, take_conversation
+from jaxserve.server.request_id import check_id
 
 DefaultParams = Callable[..., SamplingParams]
 """`AsyncEngine.default_params`: the parameters that are given, and the model's defaults."""
@@ -49,10 +50,15 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     max_tokens: int | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    echo: bool | None = None
+    return_token_ids: bool | None = None
+    request_id: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def __post_init__(self) -> None:
+        if self.request_id is not None:
+            check_id(self.request_id)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true", "stream_options", "invalid_value")
 
@@ -81,26 +87,13 @@ _SHARED = (
 )
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
-    messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.messages:
-            raise InvalidRequest("messages must not be empty", "messages", "invalid_value")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens are the same: give one", "max_tokens", "invalid_value"
@@ -122,19 +115,29 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "echo with logprobs is not supported by this server", "echo", "unsupported_field"
+            )
+
+    @property
+    def only_echo(self) -> bool:
+        """The prompt is all that is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def params(self, default_params: DefaultParams) -> SamplingParams:
-        limit = 16 if self.max_tokens is None else self.max_tokens
+        limit = 1 if self.only_echo else 16 if self.max_tokens is None else self.max_tokens
         return self.sampling_params(default_params, {}, max_tokens=limit, logprobs=self.logprobs)
 
 
-def parse_chat(body: dict[str, Any]) -> ChatRequest:
-    messages = body.get("messages")
-    for i, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict):
-            _check_message(message, f"messages[{i}]")
+def parse_chat(body: dict[str, Any]) -> tuple[ChatRequest, Conversation]:
+    conversation = take_conversation(body)
     _drop_no_ops(body, fields.CHAT)
-    return to_struct(body, ChatRequest)
+    return to_struct(body, ChatRequest), conversation
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
@@ -142,30 +145,7 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     return to_struct(body, CompletionRequest)
 
 
-@contextmanager
-def renamed(written: dict[str, str]) -> Iterator[None]:
-    """Errors about a parameter name the field that the client wrote."""
-    try:
-        yield
-    except InvalidRequest as error:
-        head = (error.param or "").partition("[")[0]
-        if head not in written:
-            raise
-        text, param = str(error), error.param or ""
-        if text.startswith(head):
-            text = written[head] + text.removeprefix(head)
-        raise InvalidRequest(text, written[head] + param.removeprefix(head), error.code) from None
-
-
 def _drop_no_ops(body: dict[str, Any], unsupported: fields.NoOps) -> None:
     fields.drop_no_ops(body, unsupported)
     if isinstance(options := body.get("stream_options"), dict):
         fields.drop_no_ops(options, fields.STREAM_OPTIONS, "stream_options.")
-
-
-def _check_message(message: dict[str, Any], path: str) -> None:
-    if (role := message.get("role")) in ("tool", "function"):
-        raise InvalidRequest(
-            f"{path}.role {role!r} is not supported by this server", f"{path}.role", "unsupported_field"
-        )
-    fields.drop_no_ops(message, fields.MESSAGE, f"{path}.")

@@ -1,0 +1,92 @@
+"""`Engine.chat`: the chat template's prompt, as HTTP renders it."""
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.errors import InvalidRequest
+
+USER = {"role": "user", "content": "Hi"}
+STARTED = {"role": "assistant", "content": "Well, "}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine):
+    return make_engine()
+
+
+def test_one_conversation_is_its_rendered_prompt(engine):
+    (answer,) = engine.chat([USER], GREEDY)
+    assert answer.prompt == "<|user|>Hi<|end|><|assistant|>"
+    assert answer.prompt_token_ids == engine.tokenizer.encode(answer.prompt, add_special_tokens=False)
+    (plain,) = engine.generate(answer.prompt, GREEDY)
+    assert answer.outputs[0].token_ids == plain.outputs[0].token_ids
+
+
+def test_a_list_keeps_its_order_and_its_params(engine):
+    params = [SamplingParams(temperature=0.0, max_tokens=count) for count in (3, 1, 2)]
+    chats = [[{"role": "user", "content": text}] for text in "abc"]
+    answers = engine.chat(chats, params)
+    assert [answer.prompt for answer in answers] == [f"<|user|>{c}<|end|><|assistant|>" for c in "abc"]
+    assert all(len(a.outputs[0].token_ids) <= p.max_tokens for a, p in zip(answers, params, strict=True))
+    assert engine.chat([chats[1]], GREEDY)[0].prompt == answers[1].prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        ({"continue_final_message": True}, "<|user|>Hi<|end|><|assistant|>Well, "),
+        ({"add_generation_prompt": False}, "<|user|>Hi<|end|><|assistant|>Well, <|end|>"),
+        (
+            {"chat_template": "{{ messages[0].content }}{{ mood }}", "chat_template_kwargs": {"mood": "!"}},
+            "Hi!",
+        ),
+        ({"chat_template": "{{ documents[0].text }}", "documents": [{"text": "d"}]}, "d"),
+    ],
+    ids=["continue", "no generation prompt", "template", "documents"],
+)
+def test_options(engine, options, prompt):
+    assert engine.chat([USER, STARTED], GREEDY, use_progress=False, **options)[0].prompt == prompt
+
+
+def test_without_params_it_may_take_the_rest_of_the_context(engine):
+    (answer,) = engine.chat([{"role": "user", "content": "x" * 490}])
+    assert answer.outputs[0].finish_reason == "stop" or len(answer.outputs[0].token_ids) == 512 - 493
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "param"),
+    [
+        ([], {}, "messages"),
+        ([{"role": "user"}], {}, "messages[0].content"),
+        ([[USER], [{"role": "user", "content": 3}]], {}, "messages[1][0].content"),
+        ([[USER], []], {}, "messages[1]"),
+        ([USER], {"documents": [{"text": "d"}]}, "documents"),
+        ([USER], {"chat_template": "{% if"}, "chat_template"),
+        ([USER], {"chat_template_kwargs": {"mod": 1}}, "chat_template_kwargs.mod"),
+        (
+            [USER],
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ([{"role": "user", "content": "x" * 600}], {}, "messages"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_before_anything_runs(engine, messages, options, param):
+    with pytest.raises(InvalidRequest) as error:
+        engine.chat(messages, **options)
+    assert error.value.param == param
+    assert not engine.has_unfinished()
+
+
+def test_params_are_one_or_one_each(engine):
+    with pytest.raises(InvalidRequest, match="1 prompts but 2"):
+        engine.chat([USER], [GREEDY, GREEDY])
+
+
+def test_llm_chat_takes_vllms_names(model_dir):
+    options = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 64, "num_blocks": 32}
+    with LLM(model=str(model_dir), **options) as llm:
+        (answer,) = llm.chat([USER], sampling_params=GREEDY, use_tqdm=False, add_generation_prompt=True)
+    assert answer.prompt == "<|user|>Hi<|end|><|assistant|>"

@@ -1,0 +1,173 @@
+"""Fields of chat and completions about the prompt: OpenAI's client, and a core that repeats the prompt."""
+
+import openai
+import pytest
+
+USER = {"role": "user", "content": "Hello"}
+SHOWN = {"ignore_eos": True, "skip_special_tokens": False}
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def render(http):
+    def render(*messages, **fields):
+        response = http.post("/v1/chat/completions/render", json={"messages": messages, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()["prompt"]
+
+    return render
+
+
+def test_continuing_the_last_message(render):
+    started = {"role": "assistant", "content": "Well, "}
+    assert render(USER, started, continue_final_message=True) == "<|user|>Hello<|end|><|assistant|>Well, "
+    assert render(USER, add_generation_prompt=False) == "<|user|>Hello<|end|>"
+
+
+def test_add_special_tokens_asks_the_tokenizer_for_its_own(http):
+    """This one has none to add, so that both are the same."""
+    body = {"messages": [USER]}
+    plain, special = (
+        http.post("/v1/chat/completions/render", json=body | {"add_special_tokens": value}).json()
+        for value in (False, True)
+    )
+    assert plain == special and len(plain["prompt_token_ids"]) == 8
+
+
+def test_refusals_are_text(render):
+    parts = [{"type": "text", "text": "I"}, {"type": "refusal", "refusal": "won't"}]
+    assert render(USER, {"role": "assistant", "content": parts}).endswith(
+        "<|assistant|>I\nwon't<|end|><|assistant|>"
+    )
+    refused = {"role": "assistant", "content": None, "refusal": "no"}
+    assert "<|assistant|>no<|end|>" in render(USER, refused)
+
+
+def test_rendering_is_what_a_chat_runs_on(client, http):
+    body = {"messages": [USER], "max_tokens": 5, "temperature": 0.5}
+    rendered = http.post("/v1/chat/completions/render", json=body).json()
+    assert rendered["prompt"] == "<|user|>Hello<|end|><|assistant|>"
+    reply = client.chat.completions.create(
+        model="tiny", messages=[USER], extra_body={"return_token_ids": True}
+    )
+    assert reply.prompt_token_ids == rendered["prompt_token_ids"]
+    refused = http.post("/v1/chat/completions/render", json=body | {"temperature": -1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_chat_echo_repeats_the_last_message(client, n):
+    last = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    asked = {"model": "tiny", "messages": [USER, last], "max_tokens": 6, "n": n, "extra_body": {"echo": True}}
+    reply = client.chat.completions.create(**asked)
+    assert [choice.message.content for choice in reply.choices] == ["a\nbHello"] * n
+    assert reply.usage.completion_tokens == 6 * n
+    texts = [""] * n
+    roles = [0] * n
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        roles[choice.index] += choice.delta.role is not None
+        texts[choice.index] += choice.delta.content or ""
+    assert (texts, roles) == (["a\nbHello"] * n, [1] * n)
+
+
+def test_echo_and_continuing_give_the_whole_message(client):
+    messages = [USER, {"role": "assistant", "content": "Well, "}]
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=6,
+        extra_body={"echo": True, "continue_final_message": True},
+    )
+    assert reply.choices[0].message.content == "Well, Hello"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [["ab", "cd"], [[103, 104], [105, 106]]])
+def test_completion_echo(client, http, prompt, stream):
+    reply = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=2, n=2, stream=stream, extra_body={"echo": True}
+    )
+    texts = [""] * 4
+    for part in reply if stream else [reply]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    given = [text if isinstance(text, str) else _text(http, text) for text in prompt]
+    assert texts == [given[0] * 2] * 2 + [given[1] * 2] * 2
+
+
+def _text(http, tokens):
+    return http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_alone_costs_no_token_and_runs_nothing(client, journal, stream):
+    before = journal.read_text()
+    reply = client.completions.create(
+        model="tiny",
+        prompt=["ab", "c" * 512],
+        n=2,
+        max_tokens=0,
+        stream=stream,
+        extra_body={"echo": True, "return_token_ids": True},
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    )
+    parts = list(reply) if stream else [reply]
+    choices = [choice for part in parts for choice in part.choices]
+    assert [choice.text for choice in choices] == ["ab"] * 2 + ["c" * 512] * 2
+    assert {choice.finish_reason for choice in choices} == {"length"}
+    assert [len(choice.prompt_token_ids) for choice in choices] == [2, 2, 512, 512]
+    assert all(choice.token_ids == [] for choice in choices)
+    assert (parts[-1].usage.prompt_tokens, parts[-1].usage.completion_tokens) == (514, 0)
+    assert journal.read_text() == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_of_a_chat(client, stream):
+    asked = {"model": "tiny", "messages": [USER], "max_tokens": 4, "n": 2, "stream": stream}
+    reply = client.chat.completions.create(**asked, extra_body={"return_token_ids": True})
+    parts = list(reply) if stream else [reply]
+    prompts = [part.prompt_token_ids for part in parts if hasattr(part, "prompt_token_ids")]
+    assert len(prompts) == (2 if stream else 1) and all(len(prompt) == 8 for prompt in prompts)
+    tokens = [[], []]
+    for part in parts:
+        for choice in part.choices:
+            tokens[choice.index] += getattr(choice, "token_ids", None) or []
+    assert tokens == [prompts[0][:4]] * 2
+    plain = (
+        list(client.chat.completions.create(**asked)) if stream else [client.chat.completions.create(**asked)]
+    )
+    assert "token_ids" not in plain[0].to_json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_of_completions(client, stream):
+    reply = client.completions.create(
+        model="tiny",
+        prompt=[[40, 41], [50]],
+        max_tokens=3,
+        stream=stream,
+        extra_body={"return_token_ids": True},
+    )
+    prompts, tokens = [[], []], [[], []]
+    for part in reply if stream else [reply]:
+        for choice in part.choices:
+            prompts[choice.index] += getattr(choice, "prompt_token_ids", None) or []
+            tokens[choice.index] += choice.token_ids
+    assert prompts == [[40, 41], [50]] and tokens == [[40, 41, 40], [50, 50, 50]]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_id_is_the_answers_name(http, path, stream):
+    prompt = {"messages": [USER]} if "chat" in path else {"prompt": "a"}
+    body = {"request_id": "mine-1", "max_tokens": 1, "stream": stream, **prompt}
+    response = http.post(path, json=body, headers={"x-request-id": "theirs"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert '"id":"chatcmpl-mine-1"' in response.text or '"id":"cmpl-mine-1"' in response.text
+    refused = http.post(path, json=body | {"temperature": -1})
+    assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine-1"
