@@ -43,11 +43,13 @@ SHARED = (
     *("stream_options", "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"),
     *("verbosity", "presence_penalty", "logit_bias", "response_format", "echo", "store", "best_of"),
     *("priority", "prompt_logprobs", "allowed_token_ids", "structured_outputs", "request_id"),
+    *("return_token_ids", "add_special_tokens"),
 )
 OWN = {
     "/v1/chat/completions": (
         *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions"),
         *("modalities", "reasoning_effort", "chat_template", "chat_template_kwargs", "documents"),
+        *("add_generation_prompt", "continue_final_message"),
     ),
     "/v1/completions": ("prompt", "suffix", "prompt_embeds"),
 }
@@ -175,6 +177,8 @@ def message(rng: random.Random) -> Case:
                 f'{{"type": "text", "text": {value}}}]}}]',
             ),
             ("messages[0].name", f'[{{"role": "user", "content": "a", "name": {value}}}]'),
+            ("messages[0].reasoning", f'[{{"role": "assistant", "content": "a", "reasoning": {value}}}]'),
+            ("messages", f'[{{"role": "assistant", "refusal": {value}}}]'),
             ("messages[0].tool_calls", f'[{{"role": "assistant", "content": "a", "tool_calls": {value}}}]'),
             ("messages[0].other", f'[{{"role": "user", "content": "a", "other": {value}}}]'),
         ]

@@ -99,7 +99,13 @@ class ChatTemplate:
         """Whether the template itself walks over a message's parts."""
         from jinja2 import nodes
 
-        return any(_is_content(loop.iter, nodes) for loop in self._parsed.find_all(nodes.For))
+        aliases = {
+            getattr(assign.target, "name", None)
+            for assign in self._parsed.find_all(nodes.Assign)
+            if _is_content(assign.node, nodes)
+        }
+        loops = [loop.iter for loop in self._parsed.find_all(nodes.For)]
+        return any(_is_content(over, nodes) or getattr(over, "name", "") in aliases for over in loops)
 
     @cached_property
     def _parsed(self) -> Any:
@@ -161,6 +167,8 @@ def _is_content(node: Any, nodes: Any) -> bool:
             return node.attr == "content"
         case nodes.Getitem():
             return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(value="content"), *_]):
+            return True
     return False
 
 

@@ -26,7 +26,11 @@ def test_probes_are_open(stranger, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/x", "/version", "/nowhere", "/metrics", "/health/"]
+    "path",
+    [
+        *("/v1/models", "/v1/models/x", "/version", "/nowhere", "/metrics", "/health/"),
+        *("/tokenize", "/detokenize", "/tokenizer_info", "/v1/chat/completions/render"),
+    ],
 )
 def test_all_else_needs_a_key(stranger, path):
     response = stranger.get(path)

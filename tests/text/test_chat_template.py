@@ -148,6 +148,77 @@ def test_parts_are_joined_unless_the_template_walks_over_them():
     assert continued == "user: one|two"
 
 
+ALIASED = """{%- macro show(message) %}{% set c = message.get('content') %}
+{%- if c is string %}{{ c }}{% else %}{% for part in c %}<{{ part.text }}>{% endfor %}{% endif %}
+{%- endmacro %}
+{%- for message in messages %}{{ message.role }}: {{ show(message) }}{% endfor %}"""
+
+
+def test_parts_walked_over_under_another_name():
+    chat = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]
+    assert ChatTemplate(ALIASED, NAMED).render(chat) == theirs(ALIASED, chat) == "user: <one><two>"
+
+
+REASONING = """{% for message in messages %}
+{%- if message.reasoning_content is defined %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{%- if message.thinking is defined %}<{{ message.thinking }}>{% endif %}
+{{- message.content }}{% if message.name is defined %} ({{ message.name }}){% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_under_all_its_names(field):
+    chat = [USER | {"name": "Ann"}, {"role": "assistant", "content": "Yes", field: "so"}]
+    ours = ChatTemplate(REASONING, NAMED).render(chat)
+    assert ours == theirs(REASONING, chat) and ours.endswith("(Ann)<think>so</think><so>Yes")
+
+
+def test_developer_is_system_where_the_template_knows_no_developer():
+    chat = [{"role": "developer", "content": "Be brief."}, USER]
+    system = [{"role": "system", "content": "Be brief."}, USER]
+    assert ChatTemplate(HEADERS, NAMED).render(chat) == ChatTemplate(HEADERS, NAMED).render(system)
+    knows = "{% for m in messages %}{{ m.role }}{% if m.role == 'developer' %}!{% endif %}{% endfor %}"
+    assert ChatTemplate(knows, NAMED).render(chat) == theirs(knows, chat) == "developer!user"
+
+
+def test_refusals_are_text():
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert "assistant\nno<|im_end|>" in ChatTemplate(CHATML, NAMED).render([USER, refused])
+    assert "assistant: no|" in ChatTemplate(PARTS, NAMED).render([USER, refused])
+    said = {"role": "assistant", "content": None, "refusal": "no"}
+    assert "assistant\nno<|im_end|>" in ChatTemplate(CHATML, NAMED).render([USER, said])
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"documents": [{"text": "x"}]}, "documents"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"message": 1}}, "chat_template_kwargs.message"),
+        ({"chat_template_kwargs": {"range": 1}}, "chat_template_kwargs.range"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_named(options, param):
+    with pytest.raises(InvalidRequest) as error:
+        ChatTemplate(CHATML, NAMED).render([USER], **options)
+    assert error.value.param == param
+
+
+def test_variables_with_a_default_of_the_templates_own():
+    template = "{% if not date is defined %}{% set date = 'today' %}{% endif %}{{ date }}{{ eos_token }}"
+    render = ChatTemplate(template, NAMED).render
+    assert render([USER]) == theirs(template, [USER]) == "today</s>"
+    options = {"date": "Monday", "eos_token": "."}
+    assert render([USER], chat_template_kwargs=options) == "Monday."
+
+
+def test_a_requests_own_template_is_its_own_fault():
+    for template in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"):
+        with pytest.raises(InvalidRequest) as error:
+            ChatTemplate(template, NAMED, given=True).render([USER])
+        assert error.value.param == "chat_template"
+
+
 def test_an_assistant_may_have_no_content():
     chat = [USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER]
     text = ChatTemplate(CHATML, NAMED).render(chat)

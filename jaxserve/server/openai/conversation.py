@@ -15,7 +15,7 @@ from jaxserve.server.state import ServerState
 from jaxserve.text.chat_template import content_text
 
 INLINE = 4096
-"""Longest conversation, in characters, that is rendered on the event loop."""
+"""Longest conversation, in bytes of JSON, that is rendered on the event loop."""
 RENDER_SECONDS = 10.0
 """For a client's own template; how much processor time and memory it gets says its process."""
 _processes = asyncio.Semaphore(2)
@@ -93,9 +93,10 @@ async def render(state: ServerState, conversation: Conversation) -> Rendered:
             "chat_template needs a server with --trust-request-chat-template", "chat_template"
         )
     messages, options = msgspec.to_builtins(conversation.messages), conversation.options()
+    job = msgspec.json.encode([source, tokenizer.named, messages, options])
     if source is not None:
-        text = await _render_apart([source, tokenizer.named, messages, options])
-    elif len(str(messages)) + len(str(options)) <= INLINE:
+        text = await _render_apart(job)
+    elif len(job) <= INLINE:
         text = tokenizer.template().render(messages, **options)
     else:
         text = await asyncio.to_thread(tokenizer.template().render, messages, **options)
@@ -103,7 +104,7 @@ async def render(state: ServerState, conversation: Conversation) -> Rendered:
         return Rendered(text, await state.engine.encode(text, bool(conversation.add_special_tokens)))
 
 
-async def _render_apart(job: list[Any]) -> str:
+async def _render_apart(job: bytes) -> str:
     """`text/render_process.py` on a job."""
     async with _processes:
         process = await asyncio.create_subprocess_exec(
@@ -115,7 +116,7 @@ async def _render_apart(job: list[Any]) -> str:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(RENDER_SECONDS):
-                    written, _ = await process.communicate(msgspec.json.encode(job))
+                    written, _ = await process.communicate(job)
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
