@@ -28,16 +28,6 @@ def test_continuing_the_last_message(render):
     assert render(USER, add_generation_prompt=False) == "<|user|>Hello<|end|>"
 
 
-def test_add_special_tokens_asks_the_tokenizer_for_its_own(http):
-    """This one has none to add, so that both are the same."""
-    body = {"messages": [USER]}
-    plain, special = (
-        http.post("/v1/chat/completions/render", json=body | {"add_special_tokens": value}).json()
-        for value in (False, True)
-    )
-    assert plain == special and len(plain["prompt_token_ids"]) == 8
-
-
 def test_refusals_are_text(render):
     parts = [{"type": "text", "text": "I"}, {"type": "refusal", "refusal": "won't"}]
     assert render(USER, {"role": "assistant", "content": parts}).endswith(

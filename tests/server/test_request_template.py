@@ -60,7 +60,7 @@ def test_what_it_gets_wrong_is_a_400(trusting, template):
     assert response.json()["error"]["param"] in ("chat_template", None)
 
 
-def test_one_without_end_holds_nobody_up(trusting):
+def test_one_without_end_holds_nobody_up(trusting, eventually):
     answers = []
     slow = threading.Thread(target=lambda: answers.append(rendered(trusting.http, chat_template=ENDLESS)))
     slow.start()
@@ -69,6 +69,7 @@ def test_one_without_end_holds_nobody_up(trusting):
         time.sleep(0.05)
     slow.join()
     assert answers[0].status_code == 400 and answers[0].json()["error"]["param"] == "chat_template"
+    eventually(lambda: len(trusting.engine_pids()) == 1)  # the engine's process alone
 
 
 def test_messages_are_blamed_for_themselves(trusting):

@@ -1,5 +1,7 @@
 """`/tokenize`, `/detokenize`, `/tokenizer_info` and `/v1/chat/completions/render`."""
 
+import json
+
 import pytest
 
 USER = {"role": "user", "content": "Hé"}
@@ -16,6 +18,7 @@ def test_tokens_of_a_text_and_back(http):
     assert answer == {"count": 4, "max_model_len": 512, "tokens": answer["tokens"], "token_strs": None}
     assert answer["tokens"][-1] == 0
     assert post(http, "/detokenize", tokens=answer["tokens"]) == {"prompt": "Hé<|end|>"}
+    assert post(http, "/tokenize", prompt="Hé<|end|>", messages=None) == answer
     assert post(http, "/detokenize", tokens=[]) == {"prompt": ""}
 
 
@@ -41,6 +44,50 @@ def test_tokenizer_info(http):
     assert info["tokenizer_class"] and info["model_max_length"] == 512
     end = {"content": "<|end|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
     assert end.items() <= info["added_tokens_decoder"]["0"].items()
+
+
+@pytest.fixture(scope="module")
+def begins(launch, model_dir, tmp_path_factory):
+    """A server whose tokenizer puts `<|system|>` before a text."""
+    path = tmp_path_factory.mktemp("begins")
+    (path / "tokenizer_config.json").write_text((model_dir / "tokenizer_config.json").read_text())
+    backend = json.loads((model_dir / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "<|system|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text],
+        "special_tokens": {"<|system|>": {"id": "<|system|>", "ids": [1], "tokens": ["<|system|>"]}},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(backend))
+    return launch({"tokenizer": str(path)}).wait_ready()
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "by_default"),
+    [
+        ("/tokenize", {"prompt": "a"}, True),
+        ("/tokenize", {"messages": [USER]}, False),
+        ("/v1/completions", {"prompt": "a"}, True),
+        ("/v1/completions", {"prompt": "a", "echo": True, "max_tokens": 0}, True),
+        ("/v1/chat/completions", {"messages": [USER]}, False),
+        ("/v1/chat/completions/render", {"messages": [USER]}, False),
+    ],
+    ids=str,
+)
+def test_special_tokens(begins, path, prompt, by_default):
+    asked = prompt if path == "/tokenize" else {"max_tokens": 1, "return_token_ids": True} | prompt
+
+    def tokens(**options):
+        answer = post(begins.http, path, **asked, **options)
+        return (
+            answer.get("tokens") or answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
+        )
+
+    plain, special = tokens(add_special_tokens=False), tokens(add_special_tokens=True)
+    assert special == [1, *plain]
+    assert tokens() == (special if by_default else plain)
 
 
 @pytest.mark.parametrize(

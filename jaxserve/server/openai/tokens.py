@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,7 +24,7 @@ INLINE = 4096
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
-    prompt: str | UnsetType = UNSET
+    prompt: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -60,15 +59,17 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
 
 
 async def tokenize(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
+    if body.get("messages") is None:
+        body.pop("messages", None)
     conversation = take_conversation(body) if "messages" in body else None
     request = to_struct(body, TokenizeRequest)
     state.check_model(request.model)
     tokenizer = _tokenizer(state)
     if conversation is not None:
-        if request.prompt is not UNSET:
+        if request.prompt is not None:
             raise InvalidRequest("prompt and messages exclude each other", "prompt", "invalid_value")
         tokens = (await render(state, conversation)).token_ids
-    elif request.prompt is UNSET:
+    elif request.prompt is None:
         raise InvalidRequest("prompt or messages is required", "prompt", "missing_field")
     else:
         tokens = await state.engine.encode(request.prompt, request.add_special_tokens is not False)
