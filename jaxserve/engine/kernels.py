@@ -63,12 +63,10 @@ def choose_kernels(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
 
 def _wanted(config: EngineConfig, mesh: Mesh, dtype: Any) -> Kernels:
     """What was asked for, or would be best."""
-    platform = platform_of(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    platform = platform_of(device)
     chosen = kernels_for(config, platform, dtype)
-    if chosen.attention == "mosaic" and (missing := _no_hopper(mesh)):
-        raise ConfigError(f"attention=mosaic cannot be had: {missing}")
-    if chosen.attention == "gpu" and config.kv_cache_dtype == "fp8" and (missing := _no_fp8(mesh)):
-        raise ConfigError(f"kv_cache_dtype=fp8 cannot be had: {missing}; int8 has no such limit")
+    check_device(config, chosen, device.device_kind, getattr(device, "compute_capability", ""))
     if platform.name == "cpu" and mesh.size == 1:  # XLA shards a mesh's weights and logits
         native: Any = {name: "cpu" for name in ("matmul", "sampler") if getattr(config, name) == "auto"}
         chosen = chosen._replace(**native)
@@ -132,18 +130,16 @@ def check_attention(kernels: Kernels, group: int, pool: paged_attention.PoolShap
             raise ConfigError(f"attention=mosaic cannot serve this model: it {missing}; attention=gpu can")
 
 
-def _no_hopper(mesh: Mesh) -> str:
-    """Why a kernel for Hopper cannot be used; empty when it can."""
-    device = mesh.devices.flat[0]
-    capability: str = getattr(device, "compute_capability", "")
-    return "" if capability.startswith("9.") else f"it is for Hopper GPUs, and this is a {device.device_kind}"
-
-
-def _no_fp8(mesh: Mesh) -> str:
-    """Why the kernel cannot convert fp8; empty when it can."""
-    device = mesh.devices.flat[0]
-    capability = tuple(map(int, getattr(device, "compute_capability", "8.9").split(".")))
-    return "" if capability >= (8, 9) else f"it is for GPUs from Ada on, and this is a {device.device_kind}"
+def check_device(config: EngineConfig, kernels: Kernels, kind: str, capability: str) -> None:
+    """Raises ConfigError for what such a device cannot do; `capability` is a GPU's, as in "9.0"."""
+    if kernels.attention == "mosaic" and not capability.startswith("9."):
+        raise ConfigError(f"attention=mosaic cannot be had: it is for Hopper GPUs, and this is a {kind}")
+    converts = tuple(map(int, capability.split("."))) >= (8, 9) if capability else True
+    if kernels.attention == "gpu" and config.kv_cache_dtype == "fp8" and not converts:
+        raise ConfigError(
+            f"kv_cache_dtype=fp8 cannot be had: it is for GPUs from Ada on, and this is a {kind}; "
+            f"int8 has no such limit"
+        )
 
 
 def _missing(mesh: Mesh, name: str, kernel: native.Kernel) -> str:

@@ -44,7 +44,7 @@ TPU_LAYER = {"tpu": (2 * MIB, MIB), "xla": (8 * MIB, 5 * MIB)}
 """Of a layer in a mixed and in a decode program on a TPU, by the kind of attention."""
 SAMPLE_BYTES = 2 * MIB
 """Of a sample program."""
-ROUNDED_HIDDEN = {GPU: 12, TPU: 18}
+ROUNDED_HIDDEN = {GPU: 12, TPU: 22}
 """Bytes of a token's feature between layers whose products are rounded: measured with the compilers."""
 GPU_WORKSPACE = 64 * MIB
 """For cuBLAS (32 MiB on Hopper) and the partial results of split attention."""
@@ -121,14 +121,14 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
         raise ConfigError(f"attention=tpu cannot be had for this model: {missing}")
     if case.kernels.attention == "tpu":
         _check_tables(budget.shapes, budget.max_model_len)
+    if not budget.fits:
+        raise ConfigError(_refusal(case, budget))
     pool = budget.shapes.pool
     if (most := _addressable(case, pool, pool.num_blocks)) < pool.num_blocks:
         raise ConfigError(
             f"num_blocks={pool.num_blocks} cannot be had with kv_cache_dtype={config.kv_cache_dtype}: "
             f"attention=gpu reads up to {most} blocks of 8 bits, or more than twice as many"
         )
-    if not budget.fits:
-        raise ConfigError(_refusal(case, budget))
     if pool.num_blocks == _addressable(case, pool, room := budget.room // budget.block) < room:
         size = gib(room * budget.block - budget.pool)
         log.warning("%s stay free: attention=gpu reads no more than 2 GiB of 8-bit KV in a layer", size)
@@ -218,7 +218,9 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     if case.kernels.matmul == "cpu" and gated:
         mlp = 4 * tokens * (width + 2 * dims.hidden_size)
     else:
-        mlp = result * tokens * width * (4 if case.config.quantization else 3)
+        # sums of 8 bits are integers of 32 before they are floats
+        in_8_bits = 14 if case.kernels.rounded else 16
+        mlp = tokens * width * (in_8_bits if case.config.quantization else 3 * result)
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
     hidden = tokens * dims.hidden_size * (ROUNDED_HIDDEN[memory.platform] if case.kernels.rounded else 4)
@@ -331,10 +333,12 @@ def _refusal(case: Case, budget: Budget) -> str:
 def _remedies(case: Case, budget: Budget) -> Iterator[str]:
     """Changes of one option that make it fit, each as little as possible."""
     if case.dtype.itemsize == 4 and not case.config.quantization:
-        half = case._replace(dtype=jnp.dtype(jnp.bfloat16), weights=case.weights // 2)
+        kernels = case.kernels._replace(rounded=budget.memory.platform is not CPU)
+        half = case._replace(dtype=jnp.dtype(jnp.bfloat16), weights=case.weights // 2, kernels=kernels)
         if _budget(half, budget.memory).fits:
             yield "dtype=bfloat16"
-    if case.config.num_blocks and (count := budget.room // budget.block) >= 2:
+    count = _addressable(case, budget.shapes.pool, budget.room // budget.block)
+    if case.config.num_blocks and count >= 2:
         yield f"num_blocks={count}"
     sizes = {
         "max_num_batched_tokens": budget.shapes.max_num_batched_tokens,

@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.devices import gib, make_mesh, memory_of, weight_type
-from jaxserve.engine.kernels import choose_kernels, kernels_for
+from jaxserve.engine.kernels import check_device, choose_kernels, kernels_for
 from jaxserve.engine.memory import Budget, fit, process_bytes
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Programs, ladder
@@ -105,7 +105,11 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
     mesh: Any = make_mesh(config, 0) if there is None else abstract_mesh(config)
     memory = memory_of(config, mesh.devices.flat[0]) if there is None else memory_of_chip(config, there)
     dtype = weight_type(config.dtype, raw, memory.platform)
-    kernels = kernels_for(config, there.platform, dtype) if there else choose_kernels(config, mesh, dtype)
+    if there:
+        kernels = kernels_for(config, there.platform, dtype)
+        check_device(config, kernels, there.name, there.compute_capability)
+    else:
+        kernels = choose_kernels(config, mesh, dtype)
     model = LoadedModel(raw, mesh, dtype, kernels, config.quantization)
     budget = fit(config, model, memory)
     buckets = ladder(budget.shapes, memory.platform.smallest_decode)
@@ -119,6 +123,8 @@ def make_plan(config: EngineConfig, device: str | None = None) -> Plan:
                 chosen = choose_kernels(config, mesh, dtype)
                 compiled = LoadedModel(raw, mesh, dtype, chosen, config.quantization)
                 found = measured(_compile(config, compiled, budget))
+        except ConfigError:
+            raise
         except Exception as error:  # jax's, its plugins' and libtpu's own: all mean that there is none
             log.debug("no compiler for %s", there.name, exc_info=error)
             why = next(iter(str(error).splitlines()), type(error).__name__)

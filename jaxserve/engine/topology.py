@@ -26,6 +26,8 @@ class Chip(NamedTuple):
     """Memory that its driver reports."""
     facts: dict[str, float | str]
     """What its compiler asks for: of a TPU the name of its topologies, of a GPU the figures of TARGET."""
+    compute_capability: str = ""
+    """Of a GPU."""
 
     @property
     def packages(self) -> str:
@@ -40,7 +42,7 @@ def _gpu(name: str, gib: float, compute: str, cores: int, shared: int, l2: int, 
     capability = f"major: {major} minor: {minor} {feature}"
     facts: dict[str, float | str] = {"capability": capability, "cores": cores, "shared": shared * 1024}
     facts |= {"optin": (shared - 1) * 1024, "l2": l2 * 2**20, "bandwidth": int(bandwidth * 1e9)}
-    return Chip(f"NVIDIA {name}", GPU, gib, facts)
+    return Chip(f"NVIDIA {name}", GPU, gib, facts, compute)
 
 
 CHIPS = {

@@ -54,6 +54,7 @@ def hard_logits(vocab: int) -> dict[str, np.ndarray]:
         "subnormal": rng.integers(-3, 4, vocab) * 1e-42,
         "around zero": np.where(ramp % 2 == 0, 0.0, -0.0),
         "the whole range": np.linspace(-3.4e38, 3.4e38, vocab),
+        "below zero": rng.normal(-40, 3, vocab),
         "both ends": np.where(ramp % 3 == 0, 3.4e38, -3.4e38),
     }
 

@@ -24,14 +24,20 @@ GPUS = {
     "8B h200": Expected(
         32,
         4096,
-        {"decode[1]": 587, "decode[64]": 427, "decode[256]": 395, "mixed[512]": 495, "mixed[8192]": 495},
+        {"decode[1]": 587, "decode[64]": 395, "decode[256]": 362, "mixed[512]": 415, "mixed[8192]": 429},
+        {"decode": 0, "mixed": 0},
+    ),
+    "8B h200 mosaic": Expected(
+        32,
+        4096,
+        {"decode[1]": 585, "decode[64]": 426, "decode[256]": 426, "mixed[512]": 541, "mixed[8192]": 557},
         {"decode": 0, "mixed": 0},
     ),
     "70B h200 4x1": Expected(
         80,
         8192,
-        {"decode[1]": 1533, "decode[64]": 1372, "decode[256]": 1136, "mixed[512]": 1380, "mixed[8192]": 1380},
-        {"decode": 180, "mixed": 570},
+        {"decode[1]": 1455, "decode[64]": 1253, "decode[256]": 1013, "mixed[512]": 1180, "mixed[8192]": 1217},
+        {"decode": 487, "mixed": 487},
     ),
 }
 CHOOSING = {"greedy": 4, "random": 4, "full": 20}

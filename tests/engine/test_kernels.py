@@ -48,6 +48,21 @@ def test_a_gpu_has_a_kernel_that_chooses_tokens_and_no_other_device_has():
             choose_kernels(EngineConfig(sampler="gpu"), mesh, jnp.bfloat16)
 
 
+def test_an_older_gpu_has_a_kv_cache_of_int8_and_none_of_fp8():
+    mesh = mesh_of(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    assert choose_kernels(EngineConfig(kv_cache_dtype="int8"), mesh, jnp.bfloat16).attention == "gpu"
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype=fp8 cannot be had: .* A100; int8"):
+        choose_kernels(EngineConfig(kv_cache_dtype="fp8"), mesh, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_only_bfloat16_products_of_accelerators_are_rounded(platform):
+    mesh = SimpleNamespace(devices=mesh_of(platform=platform, device_kind="one").devices, size=2)
+    kinds = map(jnp.dtype, ("bfloat16", "float16"))
+    rounded = [choose_kernels(EngineConfig(), mesh, kind).rounded for kind in kinds]
+    assert rounded == [platform != "cpu", False]
+
+
 @pytest.mark.parametrize(
     ("group", "pool", "reason"),
     [

@@ -176,6 +176,12 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
         make_plan(EngineConfig(), "h1000")
 
 
+@pytest.mark.parametrize("option", [{"kv_cache_dtype": "fp8"}, {"attention": "mosaic"}], ids=str)
+def test_what_a_device_cannot_do_is_not_planned_for_it(option, model_dir):
+    with pytest.raises(ConfigError, match=r"cannot be had: it is for .* this is a NVIDIA A100"):
+        make_plan(EngineConfig(model=str(model_dir), **option), "a100-80")
+
+
 @pytest.mark.parametrize("name", topology.CHIPS)
 def test_every_known_device_is_planned_for_without_its_compiler(name, model_dir, monkeypatch):
     def compiler_mesh(*_):

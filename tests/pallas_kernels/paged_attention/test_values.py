@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.pallas_kernels.paged_attention import Scaled, paged_attention
+from jaxserve.pallas_kernels.paged_attention.pool import quantise
 
 from .cases import BF16, CASES, FP8, IN_8_BITS, INT8, Case, Inputs, make, numbers, oracle, plain, stored_for
 
@@ -78,6 +79,25 @@ def test_case(case, implementation):
 @pytest.mark.parametrize("case", IN_8_BITS, ids=str)
 def test_case_in_8_bits(case, implementation):
     check(implementation, make(case))
+
+
+@pytest.mark.parametrize("number", [INT8, FP8])
+def test_small_values_of_8_bits_keep_their_digits_in_float16(number):
+    """Weights times their scales would be subnormal in float16."""
+    x = make(Case("small", (1, 9), (20, 7), dtype=jnp.float16, pool_dtype=number, pad_rows=2))
+    x.v = (x.v * 1e-4).astype(x.v.dtype)
+    x.pool = x.pool._replace(scales=x.pool.scales.at[:, 1].multiply(1e-4))
+    out, _ = run("gpu", x)
+    want = oracle(x)[0][np.asarray(x.meta.row_pos) >= 0]
+    assert abs(out - want).max() < 0.006 * abs(want).max()
+
+
+@pytest.mark.parametrize("storage", [jnp.int8, jnp.uint8])
+def test_rows_too_small_for_a_scale_are_zeros(storage):
+    made = quantise(jnp.asarray([[1e-36, -1e-36], [1e-40, 0.0], [0.0, 0.0]]), jnp.dtype(storage))
+    sign = 0x80 if storage == jnp.uint8 else 0  # of zero, in fp8
+    assert not (np.asarray(made.numbers) & ~np.array(sign, storage)).any()
+    assert np.isfinite(made.scales).all()
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "mosaic", "tpu"])
