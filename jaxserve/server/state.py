@@ -1,5 +1,6 @@
 """What the routes share: the engine, its names, and whether requests are let in."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ class ServerState:
         self.max_body_size = config.max_body_size
         self.share_prefix_cache = config.share_prefix_cache
         self.trust_request_chat_template = config.trust_request_chat_template
+        self.template_processes = asyncio.Semaphore(2)
+        """How many of clients' own templates are rendered at a time."""
         self.request_timeout = config.request_timeout
         self.vllm_metrics = config.metrics_compat == "vllm"
         self.outcomes = Outcomes()

@@ -18,7 +18,6 @@ INLINE = 4096
 """Longest conversation, in bytes of JSON, that is rendered on the event loop."""
 RENDER_SECONDS = 10.0
 """For a client's own template; how much processor time and memory it gets says its process."""
-_processes = asyncio.Semaphore(2)
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
@@ -95,7 +94,8 @@ async def render(state: ServerState, conversation: Conversation) -> Rendered:
     messages, options = msgspec.to_builtins(conversation.messages), conversation.options()
     job = msgspec.json.encode([source, tokenizer.named, messages, options])
     if source is not None:
-        text = await _render_apart(job)
+        async with state.template_processes:
+            text = await _render_apart(job)
     elif len(job) <= INLINE:
         text = tokenizer.template().render(messages, **options)
     else:
@@ -106,21 +106,21 @@ async def render(state: ServerState, conversation: Conversation) -> Rendered:
 
 async def _render_apart(job: bytes) -> str:
     """`text/render_process.py` on a job."""
-    async with _processes:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "jaxserve.text.render_process"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RENDER_SECONDS):
-                    written, _ = await process.communicate(job)
-        finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-    if process.returncode != 0:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "jaxserve.text.render_process"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    written = b""
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RENDER_SECONDS):
+                written, _ = await process.communicate(job)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    if not written or process.returncode != 0:
         raise InvalidRequest("the chat_template takes too much time or memory", "chat_template")
     answer = json.loads(written)
     if "error" in answer:
