@@ -112,6 +112,21 @@ class Dump:
                 found.append(Kernel(name, int(registers), int(spilled), ", ".join(products)))
         return found
 
+    def figures(self, prefix: str) -> list[dict[str, Any]]:
+        """What a report says of each kernel whose name begins so."""
+        shared = self.shared_memory()
+        return [
+            {
+                "kernel": kernel.name.removeprefix(prefix).removesuffix("_mosaic_gpu_kernel"),
+                "registers": kernel.registers,
+                "spilled": kernel.spilled,
+                "shared": shared.get(kernel.name, "unknown"),
+                "products": kernel.products,
+            }
+            for kernel in self.kernels()
+            if kernel.name.startswith(prefix)
+        ]
+
     def shared_memory(self) -> dict[str, int]:
         """Bytes, by kernel."""
         found = re.findall(r"(\w+) grid: .*shared_memory: (\d+)", self._read("*thunk_sequence.txt"))

@@ -100,24 +100,5 @@ def reports(name: str, dump: Dump) -> Iterator[dict[str, Any]]:
         "pools in place": memory.alias_size_in_bytes >= LAYERS * pool and not copied,
         "loops": sum(each.operation == "while" for each in run),
     }
-    for kernel in kernels(shape, dump):
+    for kernel in dump.figures("paged_attention_") if shape.device == "h200" else [{}]:
         yield found | kernel
-
-
-def kernels(shape: Shape, dump: Dump) -> list[dict[str, Any]]:
-    """What a device's own assembler says of each kernel of the program that was compiled last."""
-    if shape.device != "h200":
-        return [{}]
-    shared = dump.shared_memory()
-    return [
-        {
-            "kernel": kernel.name.removeprefix("paged_attention_").removesuffix("_mosaic_gpu_kernel"),
-            "registers": kernel.registers,
-            "spilled": kernel.spilled,
-            "shared": shared.get(kernel.name, "unknown"),
-            "products": kernel.products,
-        }
-        for kernel in dump.kernels()
-        if kernel.name.startswith("paged_attention")
-    ]
-
