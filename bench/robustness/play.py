@@ -7,8 +7,7 @@ import struct
 from typing import NamedTuple
 
 import h11
-
-from bench.robustness.cases import Case
+from bench.robustness.request import Case
 
 PATIENCE = 120.0
 """Seconds until an answer that does not come counts as missing."""
