@@ -7,6 +7,7 @@ import struct
 from typing import NamedTuple
 
 import h11
+
 from bench.robustness.request import Case
 
 PATIENCE = 120.0

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import h11
 import httpx
-from bench.robustness.request import request
 
 from bench.robustness.cases import make_case
 from bench.robustness.play import expect_answer, play
+from bench.robustness.request import request
 from bench.robustness.server import Target, busy
 
 
