@@ -31,7 +31,7 @@ test-aot: $(AOT)/.installed ## Compile for an H200 and for TPUs, which need not 
 	PYTHONPATH=$(AOT) PATH="$$PATH:$(AOT)/nvidia/cu13/bin" $(BIN)/python -m pytest -m aot $(ARGS)
 
 lint: $(TESTING) ## Check style and types
-	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff check --no-cache .
 	$(BIN)/python -m mypy
 
 clean: ## Remove .venv and everything built
