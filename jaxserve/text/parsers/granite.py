@@ -1,0 +1,12 @@
+"""Granite 3: `<|tool_call|>[{"name": …, "arguments": {…}}, …]` (from 3.1 on `<tool_call>`), or the bare list.
+
+Bare, it must be the beginning of the message. Granite 4 writes a `<tool_call>{…}</tool_call>` for each call.
+"""
+
+from jaxserve.text.parsers.json_calls import call_list, tagged
+from jaxserve.text.parsers.scanner import Scanner, Wait
+
+
+def granite(s: Scanner) -> Wait[None]:
+    yield from s.attempt(call_list(s, bare=True))
+    yield from tagged(s, {"<|tool_call|>": call_list, "<tool_call>": call_list}, ("</tool_call>",))
