@@ -1,0 +1,19 @@
+"""Granite 3.2: `Here is my thought process:` … `Here is my response:` (or `Here's`)."""
+
+from jaxserve.text.parsers.scanner import Scanner, Wait
+
+THOUGHT = ("Here is my thought process:", "Here's my thought process:")
+RESPONSE = ("Here is my response:", "Here's my response:")
+
+
+def granite_reasoning(s: Scanner) -> Wait[None]:
+    """Only at the beginning of the output: the same words later on are content."""
+    if (yield from s.attempt(_opening(s))):
+        yield from s.spaces()
+        yield from s.until(RESPONSE, s.reasoning)
+        yield from s.spaces()
+
+
+def _opening(s: Scanner) -> Wait[bool]:
+    yield from s.spaces()
+    return bool((yield from s.literal(*THOUGHT)))

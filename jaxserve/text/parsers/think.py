@@ -1,0 +1,31 @@
+"""Reasoning between `<think>` and `</think>`, first in the output; either tag may stand in the prompt."""
+
+from jaxserve.text.parsers.scanner import Scanner, Wait
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def deepseek_r1(s: Scanner) -> Wait[None]:
+    """DeepSeek R1: it always thinks: all up to `</think>` is reasoning, with or without `<think>`."""
+    yield from _think(s, always=True)
+
+
+def qwen3(s: Scanner) -> Wait[None]:
+    """Qwen 3 and most others: it thinks if the output begins with `<think>`, or the prompt ended with it."""
+    yield from _think(s, always=False)
+
+
+def _think(s: Scanner, always: bool) -> Wait[None]:
+    prompt = s.prompt.rstrip()
+    if prompt.endswith(CLOSE):  # the template has turned thinking off
+        return
+    opened = yield from s.attempt(_opening(s))
+    if opened or always or prompt.endswith(OPEN):
+        yield from s.spaces()
+        yield from s.until((CLOSE,), s.reasoning)
+        yield from s.spaces()
+
+
+def _opening(s: Scanner) -> Wait[bool]:
+    yield from s.spaces()
+    return bool((yield from s.literal(OPEN)))
