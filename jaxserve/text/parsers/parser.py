@@ -1,0 +1,60 @@
+"""One output of a model, on its way from text to reasoning, content and tool calls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxserve.text.parsers.events import Event, Message, collect
+from jaxserve.text.parsers.registry import Format
+from jaxserve.text.parsers.scanner import Scanner, Wait
+
+
+class OutputParser:
+    """Reasoning first, then content and calls; a format that reads both (harmony) does it in one go.
+
+    What the events add up to does not depend on how the text is cut into pieces. Nothing raises, and no
+    text is lost: what is no call is content.
+    """
+
+    def __init__(
+        self,
+        tools: Format | None = None,
+        reasoning: Format | None = None,
+        functions: Sequence[Mapping[str, Any]] = (),
+        prompt: str = "",
+    ):
+        """`functions`: the request's `tools`; `prompt`: the rendered prompt, or its end."""
+        self._scanner = Scanner(functions, prompt)
+        self._run = self._read(tools, reasoning)
+        next(self._run)
+
+    def feed(self, text: str, specials: Iterable[int] | None = None) -> list[Event]:
+        """What `text` adds. `specials`: where in it special tokens begin; where that is known, a tag that is
+        a special token counts only there, and not when the model spells it out."""
+        self._scanner.add(text, specials)
+        next(self._run)
+        return self._scanner.take()
+
+    def finish(self) -> list[Event]:
+        """The rest, once no more text comes."""
+        self._scanner.close()
+        next(self._run, None)
+        return self._scanner.take()
+
+    def _read(self, tools: Format | None, reasoning: Format | None) -> Wait[None]:
+        yield
+        for format in dict.fromkeys((reasoning, tools)):
+            if format is not None:
+                yield from format(self._scanner)
+        yield from self._scanner.until((), self._scanner.content)
+
+
+def parse(
+    text: str,
+    tools: Format | None = None,
+    reasoning: Format | None = None,
+    functions: Sequence[Mapping[str, Any]] = (),
+    prompt: str = "",
+) -> Message:
+    """The message that a whole output is."""
+    parser = OutputParser(tools, reasoning, functions, prompt)
+    return collect(parser.feed(text) + parser.finish())
