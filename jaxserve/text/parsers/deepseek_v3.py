@@ -9,15 +9,16 @@ Each call stands between `<｜tool▁call▁begin｜>` and `<｜tool▁call▁en
 # ruff: noqa: RUF001, RUF002 (the tags are what they are)
 
 from jaxserve.text.parsers.json_calls import after_spaces
-from jaxserve.text.parsers.scanner import Scanner, Special, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
-CALLS, END_CALLS = Special("<｜tool▁calls▁begin｜>"), Special("<｜tool▁calls▁end｜>")
-CALL, END_CALL = Special("<｜tool▁call▁begin｜>"), Special("<｜tool▁call▁end｜>")
-SEPARATOR = Special("<｜tool▁sep｜>")
+CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+SEPARATOR = "<｜tool▁sep｜>"
 ENDS = (END_CALL, END_CALLS, CALL)
 FENCE = "```"
 
 
+@tags(CALLS, END_CALLS, CALL, END_CALL, SEPARATOR)
 def deepseek_v3(s: Scanner) -> Wait[None]:
     """The tags around all calls are markup anywhere; a call without name or arguments is content."""
     while tag := (yield from s.until((CALLS, END_CALLS, CALL), s.content)):

@@ -9,16 +9,18 @@ import re
 
 from jaxserve.text.parsers.json_calls import after_spaces, tagged
 from jaxserve.text.parsers.pythonic import call
-from jaxserve.text.parsers.scanner import Scanner, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 from jaxserve.text.parsers.values import dump, escaped, literal
 
 FENCE = "```"
+TAGS = ("<start_function_call>", "<end_function_call>", "<escape>", "<|tool_call>", "<tool_call|>", '<|"|>')
 NAME = re.compile(r"[\w.-]*")
 KEY = re.compile(r"[^:,{}\[\]<]*")
 BARE = re.compile(r"[^,{}\[\]<]*")
 CLOSING = {"{": "}", "[": "]"}
 
 
+@tags(*TAGS)
 def gemma(s: Scanner) -> Wait[None]:
     bodies = {
         "```tool_code": _python,

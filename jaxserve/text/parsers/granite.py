@@ -4,9 +4,10 @@ Bare, it must be the beginning of the message. Granite 4 writes a `<tool_call>{â
 """
 
 from jaxserve.text.parsers.json_calls import call_list, tagged
-from jaxserve.text.parsers.scanner import Scanner, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
 
+@tags("<|tool_call|>", "<tool_call>", "</tool_call>")
 def granite(s: Scanner) -> Wait[None]:
     yield from s.attempt(call_list(s, bare=True))
     yield from tagged(s, {"<|tool_call|>": call_list, "<tool_call>": call_list}, ("</tool_call>",))

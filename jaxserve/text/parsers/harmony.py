@@ -6,14 +6,15 @@ Messages have a header, `<|channel|>NAME [to=functions.F] [<|constrain|>json]<|m
 
 import re
 
-from jaxserve.text.parsers.scanner import Scanner, Special, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
-START, CHANNEL, MESSAGE = Special("<|start|>"), Special("<|channel|>"), Special("<|message|>")
-ENDS = (Special("<|end|>"), Special("<|call|>"), Special("<|return|>"))
+START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+ENDS = ("<|end|>", "<|call|>", "<|return|>")
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 ANALYSIS = re.compile(r"<\|channel\|>\s*analysis\b")
 
 
+@tags(START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 def harmony(s: Scanner) -> Wait[None]:
     """`analysis` and what goes to built-in tools is reasoning, what goes to `functions.F` calls F; any
     other message is content, and so are a header that leads to no message and text outside of messages."""
@@ -46,8 +47,9 @@ def _body(s: Scanner, header: str) -> Wait[str | None]:
     out = s.reasoning if to or ANALYSIS.search(header) else s.content
     if to and (name := to[1].removeprefix("functions.")) != to[1] and name:
         s.begin(name)
-        if end := (yield from s.literal(*ENDS)):
+        end = yield from s.literal(*ENDS)
+        if end or not (yield from s.peek()):  # the stop token itself need not be shown
             s.arguments("{}")
-            return end
+            return end or None
         out = s.arguments
     return (yield from s.until((START, CHANNEL, *ENDS), out))

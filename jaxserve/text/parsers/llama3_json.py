@@ -2,11 +2,12 @@
 `<|python_tag|>`; more calls follow after `;`."""
 
 from jaxserve.text.parsers.json_calls import after_spaces, call_object
-from jaxserve.text.parsers.scanner import Scanner, Special, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
-PYTHON_TAG = Special("<|python_tag|>")
+PYTHON_TAG = "<|python_tag|>"
 
 
+@tags(PYTHON_TAG)
 def llama3_json(s: Scanner) -> Wait[None]:
     yield from s.attempt(_calls(s, bare=True))
     while (yield from s.until((PYTHON_TAG,), s.content)):

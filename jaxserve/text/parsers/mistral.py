@@ -10,13 +10,14 @@ import secrets
 import string
 
 from jaxserve.text.parsers.json_calls import call_list
-from jaxserve.text.parsers.scanner import Scanner, Special, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
-TOOL_CALLS, CALL_ID, ARGS = Special("[TOOL_CALLS]"), Special("[CALL_ID]"), Special("[ARGS]")
+TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 NAME = re.compile(r"[\w.-]*")
 ALPHABET = string.ascii_letters + string.digits
 
 
+@tags(TOOL_CALLS, CALL_ID, ARGS)
 def mistral(s: Scanner) -> Wait[None]:
     s.new_id = lambda: "".join(secrets.choice(ALPHABET) for _ in range(9))  # its templates refuse any other
     while (yield from s.until((TOOL_CALLS,), s.content)):

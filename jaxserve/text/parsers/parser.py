@@ -21,15 +21,21 @@ class OutputParser:
         reasoning: Format | None = None,
         functions: Sequence[Mapping[str, Any]] = (),
         prompt: str = "",
+        special_tokens: frozenset[str] = frozenset(),
     ):
-        """`functions`: the request's `tools`; `prompt`: the rendered prompt, or its end."""
-        self._scanner = Scanner(functions, prompt)
+        """`functions`: the request's `tools`; `prompt`: the rendered prompt, or its end; `special_tokens`:
+        the texts of the tokenizer's."""
+        self.tags = frozenset().union(*(getattr(format, "tags", ()) for format in (tools, reasoning)))
+        self._scanner = Scanner(functions, prompt, special_tokens & self.tags)
         self._run = self._read(tools, reasoning)
         next(self._run)
 
     def feed(self, text: str, specials: Iterable[int] | None = None) -> list[Event]:
-        """What `text` adds. `specials`: where in it special tokens begin; where that is known, a tag that is
-        a special token counts only there, and not when the model spells it out."""
+        """What `text` adds; special tokens that are one of `tags` must be in it.
+
+        `specials`: where in it special tokens begin. Where that is known, a tag that is a special token
+        counts only there, and not when the model spells it out.
+        """
         self._scanner.add(text, specials)
         next(self._run)
         return self._scanner.take()

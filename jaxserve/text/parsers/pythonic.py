@@ -4,13 +4,14 @@ behind a tag. Arguments become JSON one by one, as each is complete."""
 import re
 
 from jaxserve.text.parsers.json_calls import after_spaces, last, separated, tagged
-from jaxserve.text.parsers.scanner import Scanner, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 from jaxserve.text.parsers.values import dump, literal
 
 NAME = re.compile(r"[\w.]*")
 OPEN = {"(": ")", "[": "]", "{": "}"}
 
 
+@tags("<|python_start|>", "<|python_tag|>", "<|python_end|>")
 def pythonic(s: Scanner) -> Wait[None]:
     yield from s.attempt(_calls(s, bare=True))
     tags = dict.fromkeys(("<|python_start|>", "<|python_tag|>"), _calls)

@@ -7,7 +7,7 @@ import json
 import re
 
 from jaxserve.text.parsers.json_calls import after_spaces, tagged
-from jaxserve.text.parsers.scanner import Scanner, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 from jaxserve.text.parsers.values import escaped, kinds, literal
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
@@ -17,6 +17,7 @@ VALUE_ENDS = ("</parameter>", "\n</parameter>", "\n" + PARAMETER, "\n</function>
 NAME = re.compile(r"[^<>\n]*")
 
 
+@tags("<tool_call>", "</tool_call>")
 def qwen3_coder(s: Scanner) -> Wait[None]:
     yield from tagged(s, {"<tool_call>": _call, FUNCTION: _function}, ("</tool_call>",))
 

@@ -7,7 +7,7 @@ to decide, the primitives yield, and go on when it has come. What they decide de
 import json
 import re
 import secrets
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -15,23 +15,37 @@ from jaxserve.text.parsers.events import Arguments, CallBegin, Content, Event, R
 
 T = TypeVar("T")
 Wait = Generator[None, None, T]
+Format = TypeVar("Format", bound=Callable[..., Wait[None]])
 Out = Callable[[str], Any]
 QUOTED = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 SPACES = re.compile(r"\s*")
 
 
-class Special(str):
-    """A tag that is one special token: where the places of special tokens are known, it counts only there."""
+def tags(*tags: str) -> Callable[[Format], Format]:
+    """Names the tags of a format: where they are special tokens, they must be in the text all the same."""
+
+    def named(format: Format) -> Format:
+        format.tags = frozenset(tags)
+        return format
+
+    return named
 
 
 class Scanner:
     """The text still to be read, and the events made of what was read."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), prompt: str = ""):
-        """`tools` as in a chat request; `prompt`: its end, where a template may have begun the answer."""
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: str = "",
+        special_tokens: Collection[str] = frozenset(),
+    ):
+        """`tools` as in a chat request; `prompt`: its end, where a template may have begun the answer;
+        `special_tokens`: the tags that are one for this tokenizer."""
         functions = [tool.get("function", tool) for tool in tools]
         self.tools = {function["name"]: function.get("parameters") or {} for function in functions}
         self.prompt = prompt
+        self._special_tokens = special_tokens
         self.new_id = lambda: f"call_{secrets.token_hex(12)}"
         self.pos = 0  # in the whole text
         self._text = ""
@@ -206,7 +220,7 @@ class Scanner:
             at = self._base + found.start()
             tag = next((tag for tag in tags if tag == found.group()), None)
             likely = tag or next(tag for tag in tags if tag.startswith(found.group()))
-            if self._specials is None or not isinstance(likely, Special) or at in self._specials:
+            if self._specials is None or likely not in self._special_tokens or at in self._specials:
                 return at, tag
             start = found.start() + 1
         return self._base + len(self._text), None

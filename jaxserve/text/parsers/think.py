@@ -1,15 +1,17 @@
 """Reasoning between `<think>` and `</think>`, first in the output; either tag may stand in the prompt."""
 
-from jaxserve.text.parsers.scanner import Scanner, Wait
+from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
+@tags(OPEN, CLOSE)
 def deepseek_r1(s: Scanner) -> Wait[None]:
     """DeepSeek R1: it always thinks: all up to `</think>` is reasoning, with or without `<think>`."""
     yield from _think(s, always=True)
 
 
+@tags(OPEN, CLOSE)
 def qwen3(s: Scanner) -> Wait[None]:
     """Qwen 3 and most others: it thinks if the output begins with `<think>`, or the prompt ended with it."""
     yield from _think(s, always=False)

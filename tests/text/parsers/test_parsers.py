@@ -13,6 +13,7 @@ from jaxserve.text.parsers import (
     Arguments,
     CallBegin,
     Content,
+    OutputParser,
     Reasoning,
     choose_reasoning_parser,
     choose_tool_parser,
@@ -154,10 +155,16 @@ def test_ids_are_what_the_model_wrote_or_what_its_template_takes():
 
 def test_a_special_token_that_is_only_spelt_out_is_text():
     text = "The tag [TOOL_CALLS]g{} is "
-    parser = Feed("mistral").parser()
+    parser = OutputParser(tool_parser("mistral"), special_tokens=frozenset({"[TOOL_CALLS]", "<s>"}))
+    assert "[TOOL_CALLS]" in parser.tags and "<s>" not in parser.tags
     assert collect(parser.feed(text, specials=[])).content == text
     events = parser.feed("[TOOL_CALLS]g{}", specials=[0]) + parser.finish()
     assert [event.name for event in events if isinstance(event, CallBegin)] == ["g"]
+
+
+def test_a_tag_that_is_no_special_token_of_this_tokenizer_counts_as_text():
+    parser = OutputParser(tool_parser("mistral"), special_tokens=frozenset({"<s>"}))
+    assert collect(parser.feed("[TOOL_CALLS]g{}", specials=[])).calls[0].name == "g"
 
 
 def test_names():

@@ -52,6 +52,7 @@ HARMONY = [
     ),
     (f'{HEAD}{{"x": 1}}<|call|><|start|>assistant{HEAD}{{}}<|call|>', ("", "", [G, ("g", "{}")])),
     (f"{HEAD}<|call|>", ("", "", [("g", "{}")])),
+    (HEAD, ("", "", [("g", "{}")])),
     ("<|channel|>commentary<|message|>I will look.<|end|>", ("", "I will look.", [])),
     ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", ("1 + 1", "", [])),
     (
