@@ -236,3 +236,20 @@ def test_deep_and_long_outputs_do_no_harm(name):
             parse(text[:-8] + run, tool_parser(name))
             parse("[g(x=" + run, tool_parser(name))
             parse("<|tool_call>call:g{x:" + run, tool_parser(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": "{\\"x\\": \\"\\ud83d\\"}", "name": "g"}</tool_call>'),
+        ("pythonic", "[g(x='\\ud83d')]"),
+        ("qwen3_coder", '<function=weather><parameter=days>"\\ud83d"</parameter></function>'),
+    ],
+)
+def test_half_a_surrogate_pair_never_comes_out(name, text):
+    """It could not be sent."""
+    assert "\\ud83d" in str(parse(text, tool_parser(name), functions=Feed().functions)).replace("\\\\", "\\")
+    for event in Feed(name).parser().feed(text):
+        for value in (getattr(event, "text", ""), getattr(event, "name", "")):
+            value.encode()
