@@ -76,14 +76,10 @@ def fault(vocabulary: Any, text: str) -> str | None:
     ends = sum(1 << end for end in vocabulary.eos_tokens)
     for _ in range(PROBED):
         mask = int.from_bytes(matcher.compute_bitmask(), "little") & ~ends
-        if matcher.is_error():
-            nothing = matcher.get_error().startswith("NoExtension")
-            return "no output can match it" if nothing else reason(matcher.get_error())
         if mask:
-            matcher.try_consume_tokens([mask.bit_length() - 1])
-        if not mask or matcher.is_stopped():
-            break
-    return None
+            matcher.try_consume_tokens([(mask & -mask).bit_length() - 1])  # the lowest: often a single byte
+    error = matcher.get_error()
+    return "no output can match it" if error.startswith("NoExtension") else reason(error) or None
 
 
 def reason(error: str) -> str:

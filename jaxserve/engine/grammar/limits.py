@@ -17,7 +17,11 @@ def limits() -> Any:
     from llguidance import LLParserLimits
 
     return LLParserLimits(
-        step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False
+        max_items_in_row=1_000,
+        step_lexer_fuel=100_000,
+        step_max_items=20_000,
+        max_lexer_states=100_000,
+        verbose_errors=False,
     )
 
 

@@ -47,13 +47,19 @@ class Matcher:
             raise GrammarFailed(f"the grammar became too complex: {told}")
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; False, and nothing changes, where the grammar does not allow it."""
+        """Go on by a token; False, and nothing changes, where the grammar does not allow it.
+
+        Raises GrammarFailed.
+        """
+        self.check()
         if self.inner.is_stopped():
             if self._ended or token not in self.eos_ids or self.inner.stop_reason() == "EndOfSentence":
                 return False
-            self._ended = not self.inner.is_error()
-            return self._ended
-        return bool(self.inner.try_consume_tokens([token]) == 1)
+            self._ended = True
+            return True
+        taken = self.inner.try_consume_tokens([token]) == 1
+        self.check()
+        return bool(taken)
 
     def rollback(self, n: int) -> None:
         """Take back the last n tokens. Raises ValueError for more than were accepted."""

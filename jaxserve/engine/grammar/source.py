@@ -14,7 +14,7 @@ from jaxserve.errors import InvalidRequest
 
 LONGEST_TEXT = 2**20
 """Characters of a grammar."""
-LONGEST_GBNF = 2**16
+LONGEST_GBNF = 2**14
 """Of one that is translated first, which takes longer."""
 SPACED = {"whitespace_flexible": False, "item_separator": ",\\x20?", "key_separator": ":\\x20?"}
 """A space after a comma or a colon, as most models write, or none; nothing that could go on for ever."""
@@ -85,8 +85,11 @@ def _lark(text: str, param: str) -> str:
 
     if len(text) > LONGEST_GBNF:
         raise InvalidRequest(f"{param} has {len(text)} characters of GBNF; at most {LONGEST_GBNF}", param)
+    lines = (
+        line for line in text.splitlines() if line.strip()
+    )  # many blank ones take the translator minutes
     try:
-        return str(any_to_lark(text))
+        return str(any_to_lark("\n".join(lines)))
     except RecursionError:
         raise InvalidRequest(f"{param} is nested too deeply", param) from None
     except Exception as error:  # the translator raises plain ones too

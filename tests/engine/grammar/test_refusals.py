@@ -57,6 +57,7 @@ SCHEMAS = [
     ({"type": "object", "properties": {"a": {}}, "minProperties": 1, "maxProperties": 3}, ""),
     ({"enum": []}, ""),
     ({"$ref": "#"}, ""),
+    ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}, ""),
     ({"$schema": "https://example.com/mine"}, ""),
 ]
 OTHERS: list[tuple[Mapping[str, Any], str]] = [
