@@ -85,9 +85,7 @@ def _lark(text: str, param: str) -> str:
 
     if len(text) > LONGEST_GBNF:
         raise InvalidRequest(f"{param} has {len(text)} characters of GBNF; at most {LONGEST_GBNF}", param)
-    lines = (
-        line for line in text.splitlines() if line.strip()
-    )  # many blank ones take the translator minutes
+    lines = filter(str.strip, text.splitlines())  # many blank ones take the translator minutes
     try:
         return str(any_to_lark("\n".join(lines)))
     except RecursionError:

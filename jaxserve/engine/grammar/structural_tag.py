@@ -185,7 +185,8 @@ class _Writer:
         at_least_one: bool = False,
         stop_after_first: bool = False,
     ) -> str:
-        """Text with tags. `bodies`: each tag's `begin`, and what follows that."""
+        """Text with tags; a trigger in it ends it, as lazy rules go first. `bodies`: each tag's `begin`, and what
+        follows that."""
         self.some(triggers, f"{at}.triggers")
         self.some(bodies, tags_at)
         groups: dict[str, list[str]] = {trigger: [] for trigger in triggers}
@@ -206,11 +207,9 @@ class _Writer:
             for i, (trigger, group) in enumerate(groups.items())
             if group
         ]))  # fmt: skip
-        plain = [json.dumps(trigger) for trigger in triggers if not self.literal(trigger).startswith("<")]
-        tail = self.rule(f"TEXT & ~(TEXT ({' | '.join(plain)}) TEXT)", terminal=True) if plain else "TEXT"
         if stop_after_first:
-            return one if at_least_one else self.any_of([one, tail])
-        return f"{one}{'+' if at_least_one else '*'} {tail}"
+            return one if at_least_one else self.any_of([one, "TEXT"])
+        return f"{one}{'+' if at_least_one else '*'} TEXT"
 
     def any_of(self, bodies: Sequence[str]) -> str:
         return "(" + " | ".join(bodies) + ")"

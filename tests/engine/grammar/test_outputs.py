@@ -66,6 +66,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "any of": {"anyOf": [obj(a=INTEGER), obj(b=STRING), {"type": "array", "items": {"type": "null"}}]},
     "all of": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}]},
     "one of, apart": {"oneOf": [STRING, INTEGER, {"type": "null"}]},
+    "union": {
+        "$defs": {
+            "cat": obj(kind={"const": "cat"}, lives=INTEGER),
+            "dog": obj(kind={"enum": ["dog", "wolf"]}),
+        },
+        "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+    },
     "tagged union": {
         "$defs": {
             "cat": obj(kind={"const": "cat"}, lives=INTEGER),
@@ -215,6 +222,9 @@ ONCE = {**TRIGGERED, "at_least_one": True, "stop_after_first": True}
         ({**TRIGGERED, "at_least_one": True}, "text", False),
         ({**TRIGGERED, "at_least_one": True}, "<a>1</a><a>2</a>", True),
         ({**TRIGGERED, "stop_after_first": True}, "text", True),
+        ({**TRIGGERED, "stop_after_first": True}, "text <a>12</a>", True),
+        ({**TRIGGERED, "stop_after_first": True}, "text <a>12</a> more", False),
+        ({**TRIGGERED, "stop_after_first": True}, "text <a>x", False),
         ({"type": "any_text"}, "what <a ever\n", True),
     ],
 )

@@ -133,6 +133,12 @@ def test_the_rest_is_refused_with_its_field(given: Any, field: str, compiler: Co
     assert refused.value.param == f"structured_outputs.{field}"
 
 
+def test_what_nothing_can_match_is_told_so(compiler: Compiler) -> None:
+    for given in ({"json": {"$ref": "#"}}, {"grammar": "start: start"}):
+        with pytest.raises(InvalidRequest, match="no output can match it"):
+            compiler.compile(grammar(from_structured_outputs(given), {}))
+
+
 def test_exactly_one_is_taken() -> None:
     for given in ({}, {"json": {}, "regex": "a"}, {"json_object": False}):
         with pytest.raises(InvalidRequest) as refused:
