@@ -185,8 +185,10 @@ class _Writer:
         at_least_one: bool = False,
         stop_after_first: bool = False,
     ) -> str:
-        """Text with tags; a trigger in it ends it, as lazy rules go first. `bodies`: each tag's `begin`, and what
-        follows that."""
+        """Text with tags: lazy rules go first, so that a trigger always ends it.
+
+        `bodies`: each tag's `begin`, and what follows that.
+        """
         self.some(triggers, f"{at}.triggers")
         self.some(bodies, tags_at)
         groups: dict[str, list[str]] = {trigger: [] for trigger in triggers}
