@@ -5,8 +5,8 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ErrorCode = Literal["queue_full"]
-"""Failures that are nobody's fault: the same request may succeed later."""
+ErrorCode = Literal["queue_full", "invalid_request"]
+"""Failures that are not the engine's: the same request may succeed later, or never."""
 
 
 class Logprob(msgspec.Struct):

@@ -1,17 +1,23 @@
 """What a user may ask of the sampler: one validated struct, shared by Python and HTTP."""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
+from jaxserve.engine.grammar.constraint import Constraint, StructuredOutputs, from_structured_outputs
 from jaxserve.errors import InvalidRequest
 
+MAX_SEQUENCES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 1024
+MAX_LOGIT_BIAS = 1024
+LogitsProcessor = Callable[[list[int], Any], Any]
+"""Takes the tokens generated so far and float32 logits [vocab], and returns such logits."""
 OutputKind = Literal["delta", "cumulative", "final"]
 
 
@@ -21,42 +27,77 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Raises `InvalidRequest` naming the field for a value out of range.
     """
 
-    n: Annotated[int, Meta(description="sequences to generate for the prompt")] = 1
+    n: Annotated[int, Meta(description="sequences to give for the prompt")] = 1
+    best_of: Annotated[int | None, Meta(description="sequences to generate; the n best are given")] = None
     temperature: Annotated[float, Meta(description="0 chooses the likeliest token")] = 1.0
     top_p: Annotated[float, Meta(description="smallest set of tokens with this mass")] = 1.0
     top_k: Annotated[int, Meta(description="this many likeliest tokens; 0 or -1: all")] = 0
     min_p: Annotated[float, Meta(description="tokens at least this likely, relative to the best")] = 0.0
+    typical_p: Annotated[float, Meta(description="tokens nearest the expected surprise, of this mass")] = 1.0
+    presence_penalty: Annotated[float, Meta(description="taken from tokens that were generated")] = 0.0
+    frequency_penalty: Annotated[float, Meta(description="taken for each time a token was generated")] = 0.0
+    repetition_penalty: Annotated[float, Meta(description="divides logits of tokens that were there")] = 1.0
+    logit_bias: Annotated[dict[int, float] | None, Meta(description="added to tokens' logits")] = None
+    allowed_token_ids: Annotated[list[int] | None, Meta(description="no other tokens")] = None
+    bad_words: Annotated[list[str] | None, Meta(description="texts that are not generated")] = None
     seed: Annotated[int | None, Meta(description="same seed, same tokens")] = None
     stop: Annotated[str | list[str] | None, Meta(description="strings that end the output")] = None
     stop_token_ids: Annotated[list[int] | None, Meta(description="tokens that end the output")] = None
     include_stop_str_in_output: bool = False
     ignore_eos: Annotated[bool, Meta(description="go on past the end-of-sequence token")] = False
     max_tokens: Annotated[int | None, Meta(description="None: the rest of the context")] = 16
+    min_tokens: Annotated[int, Meta(description="nothing but a stop string ends the output before")] = 0
     logprobs: Annotated[int | None, Meta(description="report this many alternatives per token")] = None
+    prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | Constraint | dict[str, Any] | None, Meta(description="a form that the output has")
+    ] = None
+    logits_processors: Annotated[
+        list[LogitsProcessor] | None, Meta(description="functions that change logits, within one process")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        int | None, Meta(description="keep so many of the prompt's last tokens; -1: what the context holds")
+    ] = None
     priority: Annotated[int, Meta(description="lower goes first, under the policy priority")] = 0
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     output_kind: OutputKind = "cumulative"
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        _integer("n", self.n, 1, 128)
+        _integer("n", self.n, 1, MAX_SEQUENCES)
+        _integer("best_of", self.best_of, self.n, MAX_SEQUENCES)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
+        _number("typical_p", self.typical_p, 0.0, 1.0, above=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _logit_bias(self.logit_bias)
+        _token_ids("allowed_token_ids", self.allowed_token_ids, empty=False)
+        _bad_words(self.bad_words)
         _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens != -1:
+            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         _integer("seed", self.seed, -(2**63), 2**64 - 1)
         _stop_strings(self.stop)
-        _stop_tokens(self.stop_token_ids or ())
-        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+        _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
+        for name in _SWITCHES:
             _one_of(name, getattr(self, name), (True, False))
         _one_of("output_kind", self.output_kind, get_args(OutputKind))
         if self.stop and not self.detokenize:
             raise InvalidRequest("stop strings need detokenize=True", "stop")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, Constraint):
+            self.structured_outputs = from_structured_outputs(self.structured_outputs)
+        _processors(self.logits_processors)
 
     @property
     def greedy(self) -> bool:
@@ -65,6 +106,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def stop_strings(self) -> list[str]:
         return list(self.stop or ())
+
+
+_OPTIONAL = ("best_of", "max_tokens", "logprobs", "prompt_logprobs", "seed", "truncate_prompt_tokens")
+_SWITCHES = (
+    *("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"),
+    "spaces_between_special_tokens",
+)
 
 
 def _stop_strings(stop: object) -> None:
@@ -79,16 +127,50 @@ def _stop_strings(stop: object) -> None:
             raise InvalidRequest("a stop string must not be empty", f"stop[{i}]")
 
 
-def _stop_tokens(tokens: Sequence[object]) -> None:
-    if len(tokens) > MAX_STOP_TOKENS:
-        told = f"stop_token_ids has {len(tokens)} tokens; at most {MAX_STOP_TOKENS}"
-        raise InvalidRequest(told, "stop_token_ids")
+def _token_ids(name: str, tokens: object, most: int | None = None, empty: bool = True) -> None:
+    if tokens is None:
+        return
+    if not isinstance(tokens, list) or not (tokens or empty):
+        raise InvalidRequest(f"{name} must be a list of token ids, not {tokens!r}", name)
+    if most is not None and len(tokens) > most:
+        raise InvalidRequest(f"{name} has {len(tokens)} tokens; at most {most}", name)
     for i, token in enumerate(tokens):
-        _integer(f"stop_token_ids[{i}]", token, 0)
+        _integer(f"{name}[{i}]", token, 0)
+
+
+def _logit_bias(bias: object) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not {bias!r}", "logit_bias")
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias has {len(bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
+    for token, value in bias.items():
+        _integer(f"logit_bias[{token!r}]", token, 0)
+        _number(f"logit_bias[{token}]", value, -100.0, 100.0)
+
+
+def _bad_words(words: object) -> None:
+    if words is None:
+        return
+    if not isinstance(words, list) or any(not isinstance(word, str) for word in words):
+        raise InvalidRequest("bad_words must be a list of strings", "bad_words")
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"bad_words has {len(words)} strings; at most {MAX_BAD_WORDS}", "bad_words")
+    for i, word in enumerate(words):
+        if not word.strip():
+            raise InvalidRequest("a bad word must not be empty or blank", f"bad_words[{i}]")
+
+
+def _processors(processors: object) -> None:
+    if processors is None:
+        return
+    if not isinstance(processors, list) or not all(map(callable, processors)):
+        raise InvalidRequest("logits_processors must be a list of functions", "logits_processors")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    if value is None and name in ("max_tokens", "logprobs", "seed"):
+    if value is None and name in _OPTIONAL:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequest(f"{name} must be an integer, not {value!r}", name)

@@ -24,6 +24,20 @@ from jaxserve.errors import InvalidRequest
         ("include_stop_str_in_output", 0),
         ("output_kind", "all"),
         ("stop", ("a", "b")),
+        ("best_of", 0),
+        ("typical_p", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("logit_bias", [1]),
+        ("allowed_token_ids", []),
+        ("bad_words", "no"),
+        ("min_tokens", 17),
+        ("prompt_logprobs", -1),
+        ("truncate_prompt_tokens", 0),
+        ("spaces_between_special_tokens", 1),
+        ("structured_outputs", {}),
+        ("logits_processors", [1]),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_field(field, value):
@@ -33,12 +47,19 @@ def test_a_wrong_value_is_refused_by_its_field(field, value):
 
 
 def test_an_item_of_a_list_is_named():
-    for field, value in (("stop", ["a", ""]), ("stop_token_ids", [1, -1])):
+    lists = (
+        ("stop", ["a", ""]),
+        ("stop_token_ids", [1, -1]),
+        ("allowed_token_ids", [1, "2"]),
+        ("bad_words", ["a", " "]),
+        ("logit_bias", {0: 1.0, 1: 101.0}),
+    )
+    for field, value in lists:
         with pytest.raises(InvalidRequest) as refused:
             SamplingParams(**{field: value})
         assert refused.value.param == f"{field}[1]"
 
 
 def test_an_unknown_field_is_refused():
-    with pytest.raises(TypeError, match="presence_penalty"):
-        SamplingParams(presence_penalty=1.0)
+    with pytest.raises(TypeError, match="presense_penalty"):
+        SamplingParams(presense_penalty=1.0)

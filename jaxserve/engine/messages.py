@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from jaxserve.engine.grammar.source import Grammar
 from jaxserve.outputs import ErrorCode, FinishReason
 
 
@@ -25,6 +26,22 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """None: the engine draws one."""
     sample_index: int = 0
     """Which of the request's n sequences this is: part of the random key."""
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []
+    """No others; empty: all."""
+    bad_words: list[list[int]] = []
+    """Sequences of tokens that do not come."""
+    min_tokens: int = 0
+    """Nothing of `stop_token_ids` comes before."""
+    grammar: Grammar | None = None
+    """What the text must be."""
+    logits_processors: Any = None
+    """Functions of `SamplingParams`: they do not leave the process."""
+    prompt_logprobs: int | None = None
     logprobs: int | None = None
     stop_token_ids: list[int] = []
     """Tokens that end the sequence (end-of-sequence tokens among them unless ignored)."""
@@ -82,6 +99,8 @@ class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """With the first token: when the sequence came and first ran, in seconds of `time.monotonic()`."""
     error: str | None = None
     error_code: ErrorCode | None = None
+    error_param: str | None = None
+    """The field that is wrong, with the code `invalid_request`."""
 
 
 class Outputs(msgspec.Struct, tag="outputs"):

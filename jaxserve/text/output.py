@@ -67,6 +67,7 @@ class OutputProcessor:
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
         check_token_ids(prompt_token_ids, self._vocab_size, "prompt")
         check_token_ids(params.stop_token_ids or (), self._vocab_size, "stop_token_ids")
+        _refuse_not_yet(params)
         if params.priority and not self._priorities:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
@@ -171,6 +172,30 @@ class OutputProcessor:
                     "context_length_exceeded",
                 )
         return self._max_request_tokens - prompt if max_tokens is None else max_tokens
+
+
+_NOT_YET = {
+    "best_of": None,
+    "typical_p": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "min_tokens": 0,
+    "prompt_logprobs": None,
+    "structured_outputs": None,
+    "logits_processors": None,
+    "truncate_prompt_tokens": None,
+    "spaces_between_special_tokens": True,
+}
+
+
+def _refuse_not_yet(params: SamplingParams) -> None:
+    for name, nothing in _NOT_YET.items():
+        if getattr(params, name) not in (nothing, [], {}):
+            raise InvalidRequest(f"{name} is not supported yet", name, "unsupported_field")
 
 
 def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:
