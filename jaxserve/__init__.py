@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxserve.outputs import CompletionOutput as CompletionOutput
     from jaxserve.outputs import RequestOutput as RequestOutput
     from jaxserve.sampling_params import SamplingParams as SamplingParams
+    from jaxserve.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 # Resolved on first use, so that `jaxserve --help` does not wait for jax.
 _HOME = {
@@ -19,6 +20,7 @@ _HOME = {
     "LLM": "jaxserve.engine.engine",
     "AsyncEngine": "jaxserve.engine.async_engine",
     "SamplingParams": "jaxserve.sampling_params",
+    "StructuredOutputsParams": "jaxserve.sampling_params",
     "RequestOutput": "jaxserve.outputs",
     "CompletionOutput": "jaxserve.outputs",
 }

@@ -59,6 +59,8 @@ class RequestOutput(msgspec.Struct):
     error: str | None = None
     """Set when the request failed in the engine; its outputs then have finish_reason "error"."""
     error_code: ErrorCode | None = None
+    error_param: str | None = None
+    """The field that is wrong, with the code `invalid_request`."""
 
     @property
     def metrics(self) -> SequenceMetrics:

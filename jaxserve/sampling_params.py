@@ -16,6 +16,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 1024
+StructuredOutputsParams = StructuredOutputs
+"""As vLLM calls it."""
 LogitsProcessor = Callable[[list[int], Any], Any]
 """Takes the tokens generated so far and float32 logits [vocab], and returns such logits."""
 OutputKind = Literal["delta", "cumulative", "final"]

@@ -316,5 +316,7 @@ def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:
 def _raise_failure(output: RequestOutput) -> None:
     if output.error_code == "queue_full":
         raise QueueFull(f"request {output.request_id}: {output.error}")
+    if output.error_code == "invalid_request":
+        raise InvalidRequest(output.error or "", output.error_param)
     if output.error is not None:
         raise EngineDied(f"request {output.request_id}: {output.error}")

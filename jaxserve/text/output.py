@@ -7,6 +7,9 @@ import itertools
 import time
 from collections.abc import Sequence
 
+from jaxserve.engine.grammar.constraint import Constraint
+from jaxserve.engine.grammar.source import Grammar
+from jaxserve.engine.grammar.source import grammar as write_grammar
 from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import ErrorCode, RequestOutput
@@ -37,6 +40,8 @@ class OutputProcessor:
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
         self._priorities = priorities
         self._serials = itertools.count()
+        self._written: tuple[Constraint, Grammar] | None = None
+        """The last grammar: the prompts of a batch have one."""
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[str, tuple[_Request, OutputSequence]] = {}
 
@@ -72,6 +77,7 @@ class OutputProcessor:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
+        grammar = self._grammar(params.structured_outputs)
         eos = [] if params.ignore_eos else self._eos
         request = _Request(request_id, next(self._serials), prompt, prompt_token_ids, params)
         for i in range(params.n):
@@ -90,6 +96,7 @@ class OutputProcessor:
                 min_p=params.min_p,
                 seed=params.seed,
                 sample_index=i,
+                grammar=grammar,
                 logprobs=params.logprobs,
                 stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
                 cache_salt=cache_salt,
@@ -116,7 +123,7 @@ class OutputProcessor:
             if out.cached_tokens is not None and sequence.index == 0:  # the others share its prompt
                 request.cached_tokens = out.cached_tokens
             if out.finish_reason == "error":
-                request.fail(out.error or "the engine gave no reason", out.error_code)
+                request.fail(out.error or "the engine gave no reason", out.error_code, out.error_param)
                 aborts += [Abort(id) for id in self._drop(request) if id != out.id]
                 continue
             if sequence.add(out, now):
@@ -149,6 +156,15 @@ class OutputProcessor:
         self._requests.pop(request.id, None)
         ids = [request.core_id(sequence.index) for sequence in request.sequences]
         return [id for id in ids if self._sequences.pop(id, None)]
+
+    def _grammar(self, wanted: object) -> Grammar | None:
+        if not isinstance(wanted, Constraint):
+            return None
+        if self._tokenizer is None:
+            raise InvalidRequest(f"{wanted.param} needs a tokenizer, and this model has none", wanted.param)
+        if self._written is None or self._written[0] is not wanted:
+            self._written = wanted, write_grammar(wanted, self._tokenizer.special_tokens)
+        return self._written[1]
 
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
@@ -194,8 +210,10 @@ _NOT_YET = {
 
 def _refuse_not_yet(params: SamplingParams) -> None:
     for name, nothing in _NOT_YET.items():
-        if getattr(params, name) not in (nothing, [], {}):
-            raise InvalidRequest(f"{name} is not supported yet", name, "unsupported_field")
+        value = getattr(params, name)
+        if value not in (nothing, [], {}):
+            param = getattr(value, "param", name)  # of a constraint: the field that the client wrote
+            raise InvalidRequest(f"{param} is not supported yet", param, "unsupported_field")
 
 
 def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:
@@ -223,14 +241,15 @@ class _Request:
         self.sequences: list[OutputSequence] = []
         self.error: str | None = None
         self.error_code: ErrorCode | None = None
+        self.error_param: str | None = None
         self.cached_tokens = 0
         self._told: set[int] = set()  # sequences whose end a delta has carried
 
     def core_id(self, index: int) -> str:
         return f"{self.id}#{self._serial}.{index}"
 
-    def fail(self, error: str, code: ErrorCode | None = None) -> None:
-        self.error, self.error_code = error, code
+    def fail(self, error: str, code: ErrorCode | None = None, param: str | None = None) -> None:
+        self.error, self.error_code, self.error_param = error, code, param
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.fail()
@@ -253,5 +272,6 @@ class _Request:
             finished=finished,
             error=self.error,
             error_code=self.error_code,
+            error_param=self.error_param,
             num_cached_tokens=self.cached_tokens,
         )

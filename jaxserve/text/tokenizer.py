@@ -120,6 +120,11 @@ class Tokenizer:
         }
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids by their texts."""
+        return {self.spelled([i])[0]: i for i in sorted(self.special_ids)}
+
+    @cached_property
     def byte_level(self) -> bool:
         """Tokens are plain byte strings, so that decoding is joining them."""
         return self._decoders == ["ByteLevel"]

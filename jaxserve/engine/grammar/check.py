@@ -20,7 +20,7 @@ class Checker:
     """Starts its process with the first grammar, and again if it ends. For any thread."""
 
     def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: dict[int, Future[Answer]] = {}
         self._names = itertools.count()
@@ -50,7 +50,7 @@ class Checker:
         )
         self._process = process
         threading.Thread(target=self._read, args=(process,), name="grammar check", daemon=True).start()
-        self._send(process, [self._vocabulary.tokens, self._vocabulary.eos_ids])
+        self._send(process, [self.vocabulary.tokens, self.vocabulary.eos_ids])
         return process
 
     def _send(self, process: subprocess.Popen[bytes], value: Any) -> None:

@@ -1,6 +1,7 @@
 """Grammars into matchers, away from the engine's thread, none waiting for one that is slow."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
@@ -19,51 +20,63 @@ KEPT_BYTES = 2**23
 
 
 class Compiler:
-    """One engine's. A grammar that was compiled lately is only copied."""
+    """One engine's. A grammar that was compiled lately, or is just now, is not compiled again."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
-        self._checker = Checker(vocabulary)
+    def __init__(self, load: Callable[[], Vocabulary]):
+        """`load` is called by the thread that compiles the first grammar."""
+        self._load = load
+        self._checker: Checker | None = None
+        self._loading = Lock()
         self._threads = ThreadPoolExecutor(AT_ONCE, "grammar")
-        self._known: OrderedDict[str, Matcher] = OrderedDict()
+        self._under_way: dict[Grammar, Future[Matcher]] = {}
+        self._known: OrderedDict[Grammar, Future[Matcher]] = OrderedDict()
         self._lock = Lock()
 
     def submit(self, grammar: Grammar) -> "Future[Matcher]":
-        """The matcher at its start, or InvalidRequest with the library's reason and a schema's pointer."""
-        known = self._copy(grammar.text)
-        if known is None:
-            return self._threads.submit(self.compile, grammar)
-        done: Future[Matcher] = Future()
-        done.set_result(known)
-        return done
+        """The matcher at its start, which others may get too: go on with a copy. Or InvalidRequest, with the
+        library's reason and a schema's pointer."""
+        with self._lock:
+            if (known := self._known.get(grammar)) is not None:
+                self._known.move_to_end(grammar)
+                return known
+            if grammar not in self._under_way:
+                self._under_way[grammar] = self._threads.submit(self._compile, grammar)
+            return self._under_way[grammar]
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """`submit`, waited for."""
-        if (known := self._copy(grammar.text)) is not None:
-            return known
-        error, pointer, taken = self._checker.check(grammar.text)
-        if error is not None:
-            raise _refused(grammar.param, error, pointer)
-        # as it was compiled there within the limits, so it is here
-        made = Matcher(limits.matcher(self._vocabulary.backend, grammar.text), self._vocabulary.eos_ids)
-        if taken <= KEPT_BYTES:
-            with self._lock:
-                self._known[grammar.text] = made
-                while len(self._known) > KEPT:
-                    self._known.popitem(last=False)
-            return made.copy()
-        return made
+        """A matcher of one's own, waited for."""
+        return self.submit(grammar).result().copy()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._checker.close()
+        with self._loading:
+            if self._checker is not None:
+                self._checker.close()
 
-    def _copy(self, text: str) -> Matcher | None:
-        with self._lock:
-            if (known := self._known.get(text)) is None:
-                return None
-            self._known.move_to_end(text)
-            return known.copy()
+    def _compile(self, grammar: Grammar) -> Matcher:
+        keep = False
+        try:
+            checker = self._checked_by()
+            error, pointer, taken = checker.check(grammar.text)
+            if error is not None:
+                raise _refused(grammar.param, error, pointer)
+            keep = taken <= KEPT_BYTES
+            # as it was compiled there within the limits, so it is here
+            vocabulary = checker.vocabulary
+            return Matcher(limits.matcher(vocabulary.backend, grammar.text), vocabulary.eos_ids)
+        finally:
+            with self._lock:
+                made = self._under_way.pop(grammar)
+                if keep:
+                    self._known[grammar] = made
+                while len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+
+    def _checked_by(self) -> Checker:
+        with self._loading:
+            if self._checker is None:
+                self._checker = Checker(self._load())
+            return self._checker
 
 
 def _refused(param: str, error: str, pointer: str | None) -> InvalidRequest:

@@ -61,6 +61,8 @@ class _ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 def from_structured_outputs(value: Any, param: str = "structured_outputs") -> Constraint:
     """Raises InvalidRequest with the field's path for what is no such object, none of its kinds, or two."""
+    if isinstance(value, StructuredOutputs):  # made in Python, where types are not checked
+        value = msgspec.structs.asdict(value)
     fields = _convert(value, StructuredOutputs, param)
     kinds: tuple[Kind, ...] = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
     given = [kind for kind in kinds if getattr(fields, kind) is not None]

@@ -30,12 +30,13 @@ class Vocabulary:
         self.backend: Any = LLTokenizer(wrapper, eos_token=self.eos_ids)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int) -> "Vocabulary":
-        """`size`: the model's logits, often some more than the tokenizer has tokens.
+    def of(cls, tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> "Vocabulary":
+        """`size`: the model's logits, often some more than the tokenizer has tokens; `ends`: what ends a
+        sequence besides the tokenizer's own.
 
         Raises InvalidRequest for a tokenizer without an end of sequence: nothing could end.
         """
-        eos_ids = [i for i in tokenizer.eos_ids if i < size]
+        eos_ids = [i for i in dict.fromkeys([*tokenizer.eos_ids, *ends]) if i < size]
         if not eos_ids:
             raise InvalidRequest("structured output needs a tokenizer with an end-of-sequence token")
         special = tokenizer.special_ids | set(eos_ids)

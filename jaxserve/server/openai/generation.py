@@ -112,6 +112,8 @@ class Generation:
     def _count(self, i: int, output: RequestOutput) -> None:
         if output.error_code == "queue_full":
             raise unavailable(f"the server is busy: {output.error}", "queue_full")
+        if output.error_code == "invalid_request":  # found only by compiling its grammar
+            raise InvalidRequest(output.error or "", output.error_param)
         if output.error is not None:
             raise ApiError(500, f"the engine failed: {output.error}", code="engine_error")
         if i not in self._begun:

@@ -5,6 +5,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from jaxserve.engine.grammar.constraint import (
+    GUIDED,
+    Constraint,
+    from_guided,
+    from_response_format,
+    from_structured_outputs,
+    only_one,
+)
 from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.body import to_struct
@@ -50,6 +58,13 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     max_tokens: int | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Any = None
     echo: bool | None = None
     return_token_ids: bool | None = None
     request_id: str | None = None
@@ -70,11 +85,21 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form that the output must have, in whichever way the client wrote it."""
+        form, structured = self.response_format, self.structured_outputs
+        return only_one(
+            None if form is None else from_response_format(form),
+            None if structured is None else from_structured_outputs(structured),
+            from_guided({name: getattr(self, name) for name in (*GUIDED, "guided_whitespace_pattern")}),
+        )
+
     def sampling_params(
         self, default_params: DefaultParams, written: dict[str, str], **special: Any
     ) -> SamplingParams:
         """The fields both have, and `special` ones; `written` maps a parameter to the field it came from."""
-        given = {name: getattr(self, name) for name in _SHARED}
+        given = {name: getattr(self, name) for name in _SHARED} | {"structured_outputs": self.constraint}
         given = {name: value for name, value in (given | special).items() if value is not None}
         kind = "delta" if self.stream else "final"
         with renamed(written):

@@ -25,7 +25,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def compiler(vocabulary: Vocabulary) -> Iterator[Compiler]:
-    compiler = Compiler(vocabulary)
+    compiler = Compiler(lambda: vocabulary)
     yield compiler
     compiler.close()
 

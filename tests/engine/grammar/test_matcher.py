@@ -141,7 +141,7 @@ def test_a_sentencepiece_vocabulary() -> None:
     assert b"".join(vocabulary.tokens[i] for i in vocabulary.spell("ab é")) == b"ab \xc3\xa9"
     before, both = (spoken.encode(text, add_special_tokens=False) for text in ("\n", "\njumps over dogs"))
     assert vocabulary.spell("jumps over dogs") == both[len(before) :]
-    matcher = Compiler(vocabulary).compile(grammar(from_structured_outputs({"choice": ["ab é", "ba"]}), {}))
+    matcher = start(Compiler(lambda: vocabulary), choice=["ab é", "ba"])
     for token in vocabulary.spell("ab é"):
         assert token in allowed(matcher, vocabulary)
         assert matcher.accept(token)
