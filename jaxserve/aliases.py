@@ -41,6 +41,9 @@ FIXED = {
     "cpu_offload_gb": Fixed(0, "weights stay on the device"),
     "swap_space": Fixed(0, "a preempted request is recomputed, not swapped"),
     "long_prefill_token_threshold": Fixed(0, "max_prompt_share says when a prompt leaves room to others"),
+    "enable_auto_tool_choice": Fixed(True, "--tool-call-parser none turns tools off"),
+    "exclude_tools_when_tool_choice_none": Fixed(True, "a prompt has no tools that must not be called"),
+    "enable_reasoning": Fixed(True, "--reasoning-parser none turns it off"),
     "disable_log_requests": Fixed(True, "requests are not logged"),
     "disable_log_stats": Fixed(True, "statistics are not logged"),
 }

@@ -66,6 +66,15 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     sampler: Annotated[
         Literal["auto", "xla", "cpu", "gpu"], about("implementation of choosing tokens")
     ] = "auto"
+    tool_call_parser: Annotated[
+        str, about("format of tool calls, by its name; auto: the model's; none: no tools")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, about("format of reasoning, by its name; auto: the model's; none: it is content")
+    ] = "auto"
+    tool_parser_plugin: Annotated[
+        str | None, about("Python file that registers formats of tool calls or reasoning of your own")
+    ] = None
     seed: Annotated[int, about("seeds requests that bring no seed of their own")] = 0
     deterministic: Annotated[
         bool, about("the same bits for a request alone or in any batch; ready only when warm")

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from jaxserve.text.parsers.events import Event, Message, collect
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorCode = Literal["queue_full", "invalid_request"]
 """Failures that are not the engine's: the same request may succeed later, or never."""
@@ -42,6 +44,15 @@ class CompletionOutput(msgspec.Struct):
     """The stop string or stop token that ended it; None for end-of-sequence and length."""
     metrics: SequenceMetrics = msgspec.field(default_factory=SequenceMetrics)
     """One for all outputs of the sequence: it goes on."""
+    events: list[Event] | None = None
+    """Of a chat with tools or a model that reasons: what the text says, in order."""
+    reasoning_tokens: int = 0
+    """How many of `token_ids` are reasoning."""
+
+    @property
+    def message(self) -> Message:
+        """The text as reasoning, content and tool calls; of a whole output, not of what is new in one."""
+        return Message(self.text) if self.events is None else collect(self.events)
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -21,6 +21,7 @@ SHARED = (
 OWN = {
     "/v1/chat/completions": (
         *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions"),
+        *("parallel_tool_calls", "include_reasoning"),
         *("modalities", "reasoning_effort", "chat_template", "chat_template_kwargs", "documents"),
         *("add_generation_prompt", "continue_final_message"),
     ),
@@ -111,6 +112,13 @@ def message(rng: random.Random) -> Case:
             ("messages[0].reasoning", f'[{{"role": "assistant", "content": "a", "reasoning": {value}}}]'),
             ("messages", f'[{{"role": "assistant", "refusal": {value}}}]'),
             ("messages[0].tool_calls", f'[{{"role": "assistant", "content": "a", "tool_calls": {value}}}]'),
+            (
+                "messages[0].tool_calls[0].function.arguments",
+                '[{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", '
+                f'"function": {{"name": "f", "arguments": {value}}}}}]}}]',
+            ),
+            ("messages[0].tool_call_id", f'[{{"role": "tool", "content": "a", "tool_call_id": {value}}}]'),
+            ("messages[0].content", f'[{{"role": "tool", "tool_call_id": "1", "content": {value}}}]'),
             ("messages[0].other", f'[{{"role": "user", "content": "a", "other": {value}}}]'),
         ]
     )
@@ -118,6 +126,36 @@ def message(rng: random.Random) -> Case:
     # what is wrong with a conversation as a whole (its length, say) is blamed on messages
     param = "messages" if valid and place.endswith(("content", "text")) else place if valid else None
     return Case("message", [request("/v1/chat/completions", body)], statuses=(200, 400), param=param)
+
+
+def tools(rng: random.Random) -> Case:
+    """Tools that are wrong, or odd, somewhere inside."""
+    value, valid = _value(rng)
+    place, tool = rng.choice(
+        [
+            ("tools[0]", value),
+            ("tools[0].function", f'{{"type": "function", "function": {value}}}'),
+            ("tools[0].function.name", f'{{"type": "function", "function": {{"name": {value}}}}}'),
+            (
+                "tools[0].function.parameters",
+                f'{{"type": "function", "function": {{"name": "f", "parameters": {value}}}}}',
+            ),
+            (
+                "tools[0].function.parameters.properties",
+                f'{{"type": "function", "function": {{"name": "f", "parameters": {{"properties": {value}}}}}}}',
+            ),
+            (
+                "",
+                '{"type": "function", "function": {"name": "f", "parameters": {"properties": '
+                f'{{"a": {value}, "b": {{"type": {value}, "enum": {value}}}}}}}}}}}',
+            ),
+        ]
+    )
+    # a list that is too long for the prompt is blamed on messages
+    body = to_json(CHAT | {"tools": f"[{tool}]"})
+    fine = place.endswith(("parameters", "properties", "tools[0]", "function"))
+    param = place if valid and not fine else None
+    return Case("tools", [request("/v1/chat/completions", body)], statuses=(200, 400), param=param)
 
 
 def broken_json(rng: random.Random) -> Case:

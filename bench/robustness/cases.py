@@ -11,6 +11,7 @@ MAKERS: dict[Callable[[random.Random], Case], float] = {
     bodies.several_fields: 8,
     bodies.unknown_field: 4,
     bodies.message: 10,
+    bodies.tools: 5,
     bodies.broken_json: 10,
     bodies.other_body: 4,
     bodies.same_key_twice: 2,

@@ -23,6 +23,7 @@ from jaxserve.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from jaxserve.engine.text_side import TextSide
     from jaxserve.text.output import OutputProcessor
+    from jaxserve.text.reading import Formats, MakeParser
     from jaxserve.text.tokenizer import Tokenizer
 
 ENCODE_INLINE = 4096
@@ -77,6 +78,11 @@ class AsyncEngine:
     def tokenizer(self) -> "Tokenizer | None":
         """None for a model without one: prompts are token ids then. Loads it on first use."""
         return self._text.tokenizer
+
+    @property
+    def formats(self) -> "Formats":
+        """In which the model writes its reasoning and its tool calls."""
+        return self._text.formats
 
     @property
     def ready(self) -> bool:
@@ -166,9 +172,11 @@ class AsyncEngine:
         request_id: str | None = None,
         tenant: str = "",
         follows: bool = False,
+        make_parser: "MakeParser | None" = None,
     ) -> Job:
         """`generate` without an iterator between: `sink` is called with each output, in the turn of the event
         loop that brings it, or with the error that ends the request. Raises `InvalidRequest`, `EngineDied`.
+        `make_parser`: for outputs with reasoning or tool calls in them (`Formats.parser`).
 
         Whoever gives up on the request before its end must `end` it.
         """
@@ -178,7 +186,8 @@ class AsyncEngine:
         request_id = request_id or uuid.uuid4().hex
         if self._job(request_id):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
-        job = Job(request_id, text, ids, params or self.default_params(), cache_salt, tenant, follows, sink)
+        params = params or self.default_params()
+        job = Job(request_id, text, ids, params, cache_salt, tenant, follows, sink, make_parser)
         try:
             self._choose_lane().add(job)
         except BaseException:

@@ -21,7 +21,10 @@ from jaxserve.loading.hub import resolve
 from jaxserve.options import build
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.structs import to_struct
 from jaxserve.text.output import OutputProcessor
+from jaxserve.text.reading import MakeParser
+from jaxserve.text.tools import ToolUse
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -30,7 +33,8 @@ Conversation = Sequence[Message]
 class Tokenized(NamedTuple):
     text: str | None
     token_ids: list[int]
-    cache_salt: str
+    cache_salt: str = ""
+    make_parser: MakeParser | None = None
 
 
 class Engine:
@@ -44,7 +48,8 @@ class Engine:
         config = build(EngineConfig, {"model": model, **options})
         path = resolve(config.model)
         self.config = build(EngineConfig, {"model": path, **options})
-        self.tokenizer, eos, self._sampling_defaults = load_text_side(config, path, chat_template)
+        text_side = load_text_side(config, path, chat_template)
+        self.tokenizer, eos, self._sampling_defaults, self._formats = text_side
         with contextlib.ExitStack() as made:  # a replica that cannot start takes the others with it
             self._cores = []
             for i in range(parse_mesh(config.mesh).data):
@@ -100,12 +105,16 @@ class Engine:
         documents: Sequence[Message] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Message] | None = None,
+        tool_choice: str | Message | None = None,
+        parallel_tool_calls: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list; outputs in their order.
 
         `chat_template` (Jinja text) replaces the model's own; `chat_template_kwargs` are variables of it. The
         output goes on with the last message (`continue_final_message`) or begins a new one
         (`add_generation_prompt`, the default). Without `params` an answer may take the rest of the context.
+        Tools are OpenAI's; calls and reasoning are in `outputs[0].message`.
         Raises InvalidRequest, before anything runs.
         """
         one = not messages or isinstance(messages[0], Mapping)
@@ -113,8 +122,11 @@ class Engine:
         each = _for_each(self.default_params(max_tokens=None) if params is None else params, len(many))
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: give token ids to generate", "messages")
+        asked = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        use = to_struct(asked, ToolUse)
         render = partial(
             self.tokenizer.template(chat_template).render,
+            tools=use.offered,
             chat_template_kwargs=chat_template_kwargs,
             documents=documents,
             add_generation_prompt=(
@@ -127,8 +139,10 @@ class Engine:
             with nullcontext() if one else renamed({"messages": f"messages[{i}]"}):
                 texts.append(render(conversation))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        parser = partial(self._formats.parser, self.tokenizer, use)
+        prompts = (Tokenized(text, encode(text), make_parser=parser(text)) for text in texts)
         with renamed({"prompt": "messages"}):
-            return self._complete((Tokenized(text, encode(text), "") for text in texts), each, use_progress)
+            return self._complete(prompts, each, use_progress)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -206,7 +220,12 @@ class Engine:
         request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
         core = min(self._cores, key=lambda core: core.unfinished)
         for request in self._processor.add(
-            request_id, prompt.text, prompt.token_ids, params, prompt.cache_salt
+            request_id,
+            prompt.text,
+            prompt.token_ids,
+            params,
+            prompt.cache_salt,
+            make_parser=prompt.make_parser,
         ):
             core.add(request)
         self._core_of[request_id] = core

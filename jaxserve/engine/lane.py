@@ -13,6 +13,7 @@ from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.text.output import OutputProcessor
+    from jaxserve.text.reading import MakeParser
 
 Sink = Callable[[RequestOutput | JaxserveError | None], None]
 """Takes what comes of one request; None: it was aborted. It is called for all outputs of a step in one turn
@@ -32,6 +33,7 @@ class Job:
     follows: bool
     """Part of a larger request of which something came before it."""
     sink: Sink
+    make_parser: "MakeParser | None" = None
     fresh: bool = True
     """Nothing of it has been handed out, and it was in no core that died."""
 
@@ -96,7 +98,14 @@ class Lane:
             assert self.hello is not None
             self._processor = self._make_processor(self.hello)
         requests = self._processor.add(
-            job.request_id, job.text, job.ids, job.params, job.cache_salt, job.tenant, job.follows
+            job.request_id,
+            job.text,
+            job.ids,
+            job.params,
+            job.cache_salt,
+            job.tenant,
+            job.follows,
+            job.make_parser,
         )
         if not self.jobs:
             self._stalled = 0.0

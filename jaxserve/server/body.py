@@ -1,15 +1,12 @@
-"""A request's body as a checked struct: exact types, nothing unknown, nothing ignored."""
+"""A request's body as a JSON object."""
 
-import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.server.errors import ApiError
-
-Wire = TypeVar("Wire", bound=msgspec.Struct)
 
 
 async def read_json(request: Request, limit: int) -> dict[str, Any]:
@@ -43,26 +40,3 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
     return value
-
-
-def to_struct(fields: dict[str, Any], kind: type[Wire]) -> Wire:
-    """Raises InvalidRequest with the full path of the first field that is wrong."""
-    try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, InvalidRequest):
-            raise error.__cause__ from None
-        raise _explained(str(error)) from None
-
-
-def _explained(text: str) -> InvalidRequest:
-    problem, _, place = text.partition(" - at `$")
-    path = place.rstrip("`").removeprefix(".")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.DOTALL):
-        path = f"{path}.{unknown[1]}" if path else unknown[1]
-        return InvalidRequest(f"unknown field {path}", path, "unknown_field")
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
-        path = f"{path}.{missing[1]}" if path else missing[1]
-        return InvalidRequest(f"{path} is required", path, "missing_field")
-    problem = problem[:1].lower() + problem[1:]
-    return InvalidRequest(f"{path}: {problem}" if path else problem, path or None, "invalid_value")

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 from jaxserve.errors import InvalidRequest, JaxserveError, ModelError
+from jaxserve.text import tool_prompt
+from jaxserve.text.tool_prompt import Message
 
 CUT = "<jaxserve:continue> "
 """Marks where the last message's text ends. Its last space tells whether the template trims messages."""
@@ -33,34 +36,62 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_effort: str | None = None,
     ) -> str:
         """The prompt's text; with `continue_final_message` it ends inside the last message.
 
+        Tools, their calls and answers are written by `tool_prompt` where the template would leave them out.
         Raises InvalidRequest with the path of what is wrong, `messages` when the template refuses them, and
         for documents or further variables that the template has no place for.
         """
-        chat = [self._message(i, message) for i, message in enumerate(messages)]
+        chat: list[Message]
+        chat = _with_names([self._message(i, message) for i, message in enumerate(messages)])
         if not chat:
             raise InvalidRequest("messages must not be empty", "messages")
         variables = dict(chat_template_kwargs or {})
         for name in variables:
             self._check_variable(name)
+        if reasoning_effort is not None:
+            if "reasoning_effort" not in self._names:
+                told = "the chat template has no place for reasoning_effort"
+                raise InvalidRequest(told, "reasoning_effort", "unsupported_field")
+            variables = {"reasoning_effort": reasoning_effort} | variables
         if documents and "documents" not in self._names:
             raise InvalidRequest("the chat template has no place for documents", "documents")
-        if continue_final_message:
-            if add_generation_prompt:
-                raise InvalidRequest(
-                    "continue_final_message needs add_generation_prompt=false", "continue_final_message"
-                )
-            _mark_end(chat[-1])
-        try:
-            text = self._compiled.render(
-                messages=chat,
-                tools=tools,
-                documents=documents or None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.variables, **variables},
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message needs add_generation_prompt=false", "continue_final_message"
             )
+        given = {
+            "documents": documents or None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.variables,
+            **variables,
+        }
+        native = not tools or "tools" in self._names
+        if not native or "tool_calls" not in self.source:
+            chat = tool_prompt.plain(chat)
+        if continue_final_message:
+            chat[-1] = _marked(chat[-1])
+        if native:
+            text = self._text(chat, tools=tools or None, **given)
+        else:
+            text = self._with_preamble(chat, tool_prompt.preamble(tools or ()), given)
+        return _cut(text) if continue_final_message else text
+
+    def _with_preamble(self, chat: list[Message], preamble: str, given: dict[str, Any]) -> str:
+        text = ""
+        with suppress(InvalidRequest):  # some have no system message, and say so
+            text = self._text(tool_prompt.in_system(chat, preamble), tools=None, **given)
+        if preamble not in text:
+            text = self._text(tool_prompt.in_user(chat, preamble), tools=None, **given)
+        if preamble not in text:
+            raise InvalidRequest("the chat template has no place for tools", "tools")
+        return text
+
+    def _text(self, chat: list[Message], **given: Any) -> str:
+        try:
+            text: str = self._compiled.render(messages=chat, **given)
         except JaxserveError:
             raise
         except Exception as error:  # whatever the template's code runs into
@@ -68,7 +99,7 @@ class ChatTemplate:
             if self._given:
                 told, param = "the chat_template failed", "chat_template"
             raise InvalidRequest(f"{told}: {str(error) or type(error).__name__}", param) from error
-        return _cut(text) if continue_final_message else text
+        return text
 
     @cached_property
     def _compiled(self) -> Any:
@@ -93,6 +124,14 @@ class ChatTemplate:
             raise InvalidRequest(f"{path} must be given as {name}", path)
         if name not in self._names:
             raise InvalidRequest(f"the chat template has no variable {name}", path, "unknown_field")
+
+    @cached_property
+    def _asks_for_none(self) -> bool:
+        """Whether the template asks if a message has no content: some know calls by that."""
+        from jinja2 import nodes
+
+        tests = self._parsed.find_all(nodes.Test)
+        return any(test.name == "none" and _is_content(test.node, nodes) for test in tests)
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -120,8 +159,10 @@ class ChatTemplate:
             raise InvalidRequest(f"messages[{i}].role must be a string", f"messages[{i}].role")
         if role == "developer" and role not in self.source:
             role = "system"  # its older name
+        calls = _calls(message.get("tool_calls"), f"messages[{i}].tool_calls")
         if content is None and role == "assistant":
-            content = message.get("refusal") or ""
+            none = calls and self._asks_for_none
+            content = message.get("refusal") or (None if none else "")
         elif isinstance(content, (list, tuple)):
             texts = [_part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
             parts = [{"type": "text", "text": text} for text in texts]
@@ -129,7 +170,7 @@ class ChatTemplate:
         elif not isinstance(content, str):
             path = f"messages[{i}].content"
             raise InvalidRequest(f"{path} must be a string or a list of parts", path)
-        return {**message, **_reasoning(message), "role": role, "content": content}
+        return {**message, **_reasoning(message), **calls, "role": role, "content": content}
 
 
 def content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -146,6 +187,38 @@ def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return {}
     return {"reasoning_content": reasoning, "thinking": message.get("thinking", reasoning)}
+
+
+def _calls(calls: Any, path: str) -> dict[str, Any]:
+    """A message's `tool_calls` with their arguments as objects, which templates count on."""
+    if not calls:
+        return {}
+    if not isinstance(calls, (list, tuple)):
+        raise InvalidRequest(f"{path} must be a list", path)
+    return {"tool_calls": [_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]}
+
+
+def _call(call: Any, path: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{path}.function must be an object with a name", f"{path}.function")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):  # what a model wrote may be no JSON
+            read = json.loads(arguments)
+            arguments = read if isinstance(read, dict) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _with_names(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some templates write which tool answered, and OpenAI's clients only say to which call."""
+    called: dict[str, str] = {}
+    for message in chat:
+        called |= {str(call.get("id")): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        answered = message.get("tool_call_id")
+        if message["role"] == "tool" and not message.get("name") and str(answered) in called and answered:
+            message["name"] = called[str(answered)]
+    return chat
 
 
 def _part_text(part: Any, path: str) -> str:
@@ -172,14 +245,15 @@ def _is_content(node: Any, nodes: Any) -> bool:
     return False
 
 
-def _mark_end(message: dict[str, Any]) -> None:
+def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content = message["content"]
     if isinstance(content, str):
-        message["content"] = content + CUT
+        content += CUT
     elif content:
-        content[-1]["text"] += CUT
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + CUT}]
     else:
         raise InvalidRequest("continue_final_message needs a last message with text", "messages")
+    return {**message, "content": content}
 
 
 def _cut(text: str) -> str:

@@ -4,7 +4,7 @@ What the pieces join to is what decoding all the ids at once gives.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from jaxserve.text.tokenizer import Tokenizer
@@ -21,10 +21,16 @@ class Detokenizer(Protocol):
 
 
 def new_detokenizer(
-    tokenizer: Tokenizer, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    tokenizer: Tokenizer,
+    prompt: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+    shown: Collection[int] = (),
 ) -> Detokenizer:
-    """For the text that follows `prompt`; the text of `prompt` itself is not given out."""
-    skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+    """For the text that follows `prompt`; the text of `prompt` itself is not given out.
+
+    `shown`: special tokens that are not skipped in any case.
+    """
+    skip = tokenizer.special_ids.difference(shown) if skip_special_tokens else frozenset()
     if tokenizer.byte_level:
         return ByteLevel(tokenizer, skip)
     return Windowed(tokenizer, skip, prompt)

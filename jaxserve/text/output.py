@@ -14,6 +14,7 @@ from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import ErrorCode, RequestOutput
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.reading import MakeParser
 from jaxserve.text.sequence import OutputSequence
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -60,9 +61,10 @@ class OutputProcessor:
         cache_salt: str = "",
         tenant: str = "",
         follows: bool = False,
+        make_parser: MakeParser | None = None,
     ) -> list[CoreRequest]:
         """The core requests, with ids of their own: a token of an aborted one may still be on its way when
-        its id is used again.
+        its id is used again. `make_parser`: for outputs with reasoning or tool calls in them.
 
         Raises InvalidRequest for what the model, its context or its pool cannot take.
         """
@@ -81,7 +83,9 @@ class OutputProcessor:
         eos = [] if params.ignore_eos else self._eos
         request = _Request(request_id, next(self._serials), prompt, prompt_token_ids, params)
         for i in range(params.n):
-            sequence = OutputSequence(i, prompt_token_ids, params, self._tokenizer, frozenset(eos))
+            sequence = OutputSequence(
+                i, prompt_token_ids, params, self._tokenizer, frozenset(eos), make_parser
+            )
             request.sequences.append(sequence)
             self._sequences[request.core_id(i)] = (request, sequence)
         self._requests[request_id] = request

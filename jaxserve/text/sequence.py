@@ -6,6 +6,7 @@ from jaxserve.engine.messages import CoreOutput, TokenLogprobs
 from jaxserve.outputs import CompletionOutput, FinishReason, Logprob, SequenceMetrics
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.detokenizer import Detokenizer, new_detokenizer
+from jaxserve.text.reading import MakeParser, Reader
 from jaxserve.text.stop import StopChecker
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -20,8 +21,10 @@ class OutputSequence:
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         eos: frozenset[int],
+        make_parser: MakeParser | None = None,
     ):
-        """`eos`: end-of-sequence tokens, which give no `stop_reason` (empty when they are ignored)."""
+        """`eos`: end-of-sequence tokens, which give no `stop_reason` (empty when they are ignored);
+        `make_parser`: for an output with reasoning or tool calls in it."""
         self.index = index
         self.finish_reason: FinishReason | None = None
         self.metrics = SequenceMetrics()
@@ -29,8 +32,12 @@ class OutputSequence:
         self._tokenizer = tokenizer
         self._eos = eos
         self._detokenizer: Detokenizer | None = None
+        self._reader: Reader | None = None
         if tokenizer is not None and params.detokenize:
-            self._detokenizer = new_detokenizer(tokenizer, prompt, params.skip_special_tokens)
+            if make_parser is not None:
+                self._reader = Reader(make_parser(), tokenizer)
+            tags = self._reader.tags if self._reader else ()
+            self._detokenizer = new_detokenizer(tokenizer, prompt, params.skip_special_tokens, tags)
         self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self._stop_reason: int | str | None = None
         self._text: list[str] = []
@@ -52,7 +59,7 @@ class OutputSequence:
             if out.logprobs is not None and self._logprobs is not None:
                 self._add_logprobs(out.logprobs[i])
             silent = stop_token is not None and i == last and not self._params.include_stop_str_in_output
-            if not silent and self._detokenizer and self._show(self._detokenizer.push(token)):
+            if not silent and self._detokenizer and self._push(token):
                 return out.finish_reason is None or i < last
         if out.finish_reason is not None:
             self._finish(out.finish_reason, stop_token)
@@ -69,6 +76,7 @@ class OutputSequence:
     def take(self, clear: bool) -> CompletionOutput:
         """All so far; with `clear` what is new since the last call."""
         text = "".join(self._text)
+        events, reasoning_tokens = self._reader.take(clear) if self._reader else (None, 0)
         output = CompletionOutput(
             index=self.index,
             text=text,
@@ -77,6 +85,8 @@ class OutputSequence:
             logprobs=None if self._logprobs is None else self._logprobs.copy(),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
+            events=events,
+            reasoning_tokens=reasoning_tokens,
             metrics=self.metrics,
         )
         self._text = [] if clear or not text else [text]
@@ -86,24 +96,40 @@ class OutputSequence:
                 self._logprobs.clear()
         return output
 
+    def _push(self, token: int) -> bool:
+        """Whether a stop string is complete with it."""
+        assert self._detokenizer is not None
+        piece = self._detokenizer.push(token)
+        if self._reader:
+            self._reader.came(token, piece)
+        return self._show(piece)
+
     def _show(self, piece: str) -> bool:
         if not piece:
             return False
         visible, stop = self._stop.feed(piece)
-        if visible:
-            self._text.append(visible)
+        self._add_text(visible)
         if stop is None:
             return False
-        self.finish_reason, self._stop_reason = "stop", stop
+        self._end("stop", stop)
         return True
+
+    def _add_text(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            if self._reader:
+                self._reader.show(text)
+
+    def _end(self, reason: FinishReason, stop_reason: int | str | None) -> None:
+        self.finish_reason, self._stop_reason = reason, stop_reason
+        if self._reader:
+            self._reader.finish()
 
     def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
         if self._detokenizer and self._show(self._detokenizer.flush()):
             return
-        if held := self._stop.flush():
-            self._text.append(held)
-        self.finish_reason = reason
-        self._stop_reason = None if stop_token in self._eos else stop_token
+        self._add_text(self._stop.flush())
+        self._end(reason, None if stop_token in self._eos else stop_token)
 
     def _add_logprobs(self, step: TokenLogprobs) -> None:
         entry = {step.token_ids[0]: self._logprob(step.token_ids[0], step.logprobs[0], step.rank)}

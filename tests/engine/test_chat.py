@@ -90,3 +90,35 @@ def test_llm_chat_takes_vllms_names(model_dir):
     with LLM(model=str(model_dir), **options) as llm:
         (answer,) = llm.chat([USER], sampling_params=GREEDY, use_tqdm=False, add_generation_prompt=True)
     assert answer.prompt == "<|user|>Hi<|end|><|assistant|>"
+
+
+TOOL = {"type": "function", "function": {"name": "clock"}}
+
+
+def test_tools_are_in_the_prompt_and_outputs_are_messages(make_engine):
+    template = "{{ tools[0].function.name if tools else '' }}|{{ messages[0].content }}"
+    with make_engine(reasoning_parser="deepseek_r1") as engine:
+        options = {"chat_template": template, "use_progress": False}
+        (answer,) = engine.chat([USER], GREEDY, tools=[TOOL], **options)
+        assert answer.prompt == "clock|Hi"
+        (sequence,) = answer.outputs
+        # it never ends to think
+        assert sequence.message.reasoning == sequence.text.lstrip() and sequence.message.content == ""
+        assert sequence.message.tool_calls == [] and sequence.reasoning_tokens > 0
+        assert engine.chat([USER], GREEDY, tools=[TOOL], tool_choice="none", **options)[0].prompt == "|Hi"
+        (plain,) = engine.generate("Hi", GREEDY, use_progress=False)
+        assert plain.outputs[0].events is None and plain.outputs[0].message.content == plain.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_wrong_tools_are_named(engine, options, param):
+    with pytest.raises(InvalidRequest) as error:
+        engine.chat([USER], **options)
+    assert error.value.param == param

@@ -16,6 +16,19 @@ def part(**fields):
     return message(content=[{"type": "text", "text": "a"}, fields])
 
 
+def tool(**fields):
+    return {"type": "function", "function": {"name": "f"} | fields}
+
+
+def call(**fields):
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"} | fields}
+
+
+def called(**fields):
+    return message(role="assistant", content=None, tool_calls=[call(**fields)])
+
+
+NAMED = {"type": "function", "function": {"name": "f"}}
 CHAT = [
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
@@ -33,8 +46,18 @@ CHAT = [
     ({"messages": message(role="assistant", reasoning_content=3)}, "messages[0].reasoning_content"),
     ({"messages": part(type="refusal", refusal="no")}, "messages[0].content[1].type"),
     ({"messages": message(role="owner")}, "messages[0].role"),
-    ({"messages": message(role="tool", tool_call_id="1")}, "messages[0].role"),
-    ({"messages": message(role="assistant", tool_calls=[{}])}, "messages[0].tool_calls"),
+    ({"messages": message(role="function", name="f")}, "messages[0].role"),
+    ({"messages": message(role="tool")}, "messages[0].tool_call_id"),
+    ({"messages": message(role="tool", tool_call_id=1)}, "messages[0].tool_call_id"),
+    ({"messages": message(role="tool", tool_call_id="1", content=None)}, "messages[0].content"),
+    ({"messages": message(tool_call_id="1")}, "messages[0].tool_call_id"),
+    ({"messages": message(tool_calls=[call()])}, "messages[0].tool_calls"),
+    ({"messages": message(role="assistant", tool_calls=[{}])}, "messages[0].tool_calls[0].id"),
+    ({"messages": called(name=3)}, "messages[0].tool_calls[0].function.name"),
+    ({"messages": called(arguments={})}, "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": called(argument="{}")}, "messages[0].tool_calls[0].function.argument"),
+    ({"messages": message(role="assistant", tool_calls=[{}, 3])}, "messages[0].tool_calls[0].id"),
+    ({"messages": message(role="assistant", function_call={})}, "messages[0].function_call"),
     ({"messages": part(type="text", txet="b")}, "messages[0].content[1].txet"),
     ({"messages": part(type="text")}, "messages[0].content[1].text"),
     ({"messages": part(type="image_url")}, "messages[0].content[1].type"),
@@ -50,8 +73,28 @@ CHAT = [
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [3]}, "tools[0]"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [tool(), tool(name="a b")]}, "tools[1].function.name"),
+    ({"tools": [tool(name="")]}, "tools[0].function.name"),
+    ({"tools": [tool(), tool()]}, "tools[1].function.name"),
+    ({"tools": [tool(description=3)]}, "tools[0].function.description"),
+    ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters.type"),
+    ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
+    ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
+    ({"tools": [tool(arguments={})]}, "tools[0].function.arguments"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required", "tools": []}, "tool_choice"),
+    ({"tool_choice": "any", "tools": [tool()]}, "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools"}, "tools": [tool()]}, "tool_choice.type"),
+    ({"tool_choice": NAMED, "tools": [tool(name="g")]}, "tool_choice.function.name"),
+    ({"tool_choice": NAMED}, "tool_choice.function.name"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"include_reasoning": 1}, "include_reasoning"),
+    ({"reasoning_effort": "utmost"}, "reasoning_effort"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format"),

@@ -86,9 +86,8 @@ def theirs(template, messages, **options):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-@pytest.mark.parametrize("tools", [None, [TOOL]])
 @pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("name", "tools"), [*((name, None) for name in TEMPLATES), ("headers", [TOOL])])
 def test_as_transformers(name, chat, tools, prompt):
     ours = ChatTemplate(TEMPLATES[name], NAMED).render(CHATS[chat], tools=tools, add_generation_prompt=prompt)
     assert ours == theirs(TEMPLATES[name], CHATS[chat], tools=tools, add_generation_prompt=prompt)
@@ -290,3 +289,89 @@ def test_special_tokens_come_from_the_template_only(byte_level_tokenizer):
     tokenizer = Tokenizer(byte_level_tokenizer.backend, NAMED, chat_template=template)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}])
     assert ids == [0, *tokenizer.encode("the"), 1]
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "wetter", "arguments": '{"city": "Köln"}'}}
+ROUND = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"id": "2"}]},
+    {"role": "tool", "tool_call_id": "1", "content": "12"},
+    {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "13"}]},
+]
+WRITTEN = '<tool_call>\n{"name": "wetter", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
+def test_arguments_are_an_object_for_templates():
+    ours = ChatTemplate(HEADERS, NAMED).render(ROUND, tools=[TOOL])
+    call = {"type": "function", "function": {"name": "wetter", "arguments": {"city": "Köln"}}}
+    parsed = [USER, {"role": "assistant", "content": "", "tool_calls": [call] * 2}]
+    parsed += [{"role": "tool", "content": "12"}, {"role": "tool", "content": "13"}]
+    assert ours == theirs(HEADERS, parsed, tools=[TOOL], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", "{", "3", {}, None])
+def test_whatever_a_model_wrote_can_be_sent_back(arguments):
+    call = CALL | {"function": {"name": "wetter", "arguments": arguments}}
+    ours = ChatTemplate(HEADERS, NAMED).render([USER, {"role": "assistant", "tool_calls": [call]}])
+    shown = f'"{arguments}"' if arguments in ("{", "3") else "{}"
+    assert f"<call>wetter {shown}</call>" in ours
+
+
+@pytest.mark.parametrize("name", ["chatml", "alternating", "parts"])
+def test_tools_of_templates_without_a_place_for_them(name):
+    """Without a system message they are the user's; nothing of the conversation is left out."""
+    ours = ChatTemplate(TEMPLATES[name], NAMED).render(ROUND, tools=[TOOL])
+    assert ours.index("# Tools") < ours.index('{"type": "function", "function": {"name": "wetter"')
+    assert ours.index("</tool_call>") < ours.index("Hi <there>") < ours.index(f"{WRITTEN}\n{WRITTEN}")
+    answers = "<tool_response>\n12\n</tool_response>\n<tool_response>\n13\n</tool_response>"
+    assert ours.index(WRITTEN) < ours.index(answers)
+    untold = ChatTemplate(TEMPLATES[name], NAMED).render(ROUND)
+    assert "# Tools" not in untold and untold.index(WRITTEN) < untold.index(answers)
+
+
+def test_the_preamble_follows_the_system_message():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Well, "}]
+    options = {"tools": [TOOL], "add_generation_prompt": False, "continue_final_message": True}
+    ours = ChatTemplate(CHATML, NAMED).render(chat, **options)
+    assert ours.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert ours.endswith("</tool_call><|im_end|>\n<|im_start|>assistant\nWell, ")
+
+
+def test_a_template_that_shows_nothing_of_the_tools_is_refused():
+    with pytest.raises(InvalidRequest) as error:
+        ChatTemplate("Hi", NAMED).render([USER], tools=[TOOL])
+    assert error.value.param == "tools"
+
+
+def test_a_call_has_no_content_where_the_template_asks_for_that():
+    """As DeepSeek V3's does."""
+    source = (
+        "{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls[0].id }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate(source, NAMED).render(ROUND[:2]) == "1"
+
+
+def test_an_answer_is_named_after_its_call():
+    source = "{% for m in messages %}{{ m.name }}{% endfor %}{# tool_calls #}"
+    assert ChatTemplate(source, NAMED).render(ROUND) == "wetter" * 2
+
+
+@pytest.mark.parametrize(
+    ("calls", "param"),
+    [
+        ({}, None),
+        (3, "messages[0].tool_calls"),
+        ([3], "messages[0].tool_calls[0].function"),
+        ([{"function": {"name": 3}}], "messages[0].tool_calls[0].function"),
+    ],
+)
+def test_calls_that_are_none(calls, param):
+    chat = [{"role": "assistant", "content": "a", "tool_calls": calls}]
+    if param is None:
+        assert ChatTemplate(CHATML, NAMED).render(chat) == ChatTemplate(CHATML, NAMED).render(
+            [{"role": "assistant", "content": "a"}]
+        )
+        return
+    with pytest.raises(InvalidRequest) as error:
+        ChatTemplate(CHATML, NAMED).render(chat)
+    assert error.value.param == param

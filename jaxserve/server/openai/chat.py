@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.endpoint import Caller
+from jaxserve.server.openai.answer import Answer
 from jaxserve.server.openai.conversation import render
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs
@@ -17,7 +18,6 @@ from jaxserve.server.openai.responses import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
-    ChatMessage,
     ChunkChoice,
     ChunkEncoder,
     Delta,
@@ -33,10 +33,14 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     request, conversation = parse_chat(body)
     model = state.check_model(request.model)
     params = request.params(state.engine.default_params)
-    prompt = (await render(state, conversation)).token_ids
+    text, prompt = await render(state, conversation)
+    assert state.engine.tokenizer is not None
+    make_parser = state.engine.formats.parser(state.engine.tokenizer, conversation, text)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
-    generation = Generation(state, [prompt], cache_salt, caller, params, written)
+    generation = Generation(
+        state, [prompt], cache_salt, caller, params, written, make_parser=make_parser
+    )
     echo = conversation.last_text if request.echo else ""
     id = f"chatcmpl-{caller.request_id}"
     reply = _Reply(id, model, request, prompt, echo, state.engine.tokenizer, generation)
@@ -63,6 +67,7 @@ class _Reply:
         self._tokenizer = tokenizer
         self._generation = generation
         self._top = request.top_logprobs or 0
+        self._answer = Answer(request.include_reasoning is not False)
 
     async def whole(self) -> Response:
         choices: list[ChatChoice] = []
@@ -71,8 +76,8 @@ class _Reply:
             choices.extend(
                 ChatChoice(
                     sequence.index,
-                    ChatMessage(self._echo + sequence.text),
-                    sequence.finish_reason,
+                    self._answer.message(sequence, self._echo),
+                    self._answer.finish_reason(sequence),
                     chat_logprobs(sequence, self._top, self._tokenizer),
                     self._token_ids(sequence),
                 )
@@ -110,12 +115,14 @@ class _Reply:
                     if self._echo:
                         choices.append(ChunkChoice(index, Delta(content=self._echo)))
                 token_ids = self._token_ids(sequence)
-                if sequence.text or sequence.logprobs or token_ids:
+                deltas = self._answer.deltas(sequence)
+                if sequence.logprobs or token_ids:
+                    deltas = deltas or [Delta(content="")]
                     logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
-                    delta = Delta(content=sequence.text)
-                    choices.append(ChunkChoice(index, delta, logprobs=logprobs, token_ids=token_ids))
+                    choices.append(ChunkChoice(index, deltas.pop(0), logprobs=logprobs, token_ids=token_ids))
+                choices.extend(ChunkChoice(index, delta) for delta in deltas)
                 if sequence.finish_reason is not None:
-                    choices.append(ChunkChoice(index, Delta(), sequence.finish_reason))
+                    choices.append(ChunkChoice(index, Delta(), self._answer.finish_reason(sequence)))
             events.write(*map(chunks.encode, choices))
 
         await self._generation.run(show, events.taken)

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from jaxserve.errors import InvalidRequest, renamed
-from jaxserve.server.body import to_struct
 from jaxserve.server.openai import fields
 from jaxserve.server.state import ServerState
+from jaxserve.structs import to_struct
 from jaxserve.text.chat_template import content_text
+from jaxserve.text.tools import ToolUse
 
 INLINE = 4096
 """Longest conversation, in bytes of JSON, that is rendered on the event loop."""
@@ -28,16 +29,29 @@ class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal", forbid_unknow
     refusal: str
 
 
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
-class Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Conversation(ToolUse, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message]
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -45,8 +59,10 @@ class Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.messages:
             raise InvalidRequest("messages must not be empty", "messages", "invalid_value")
 
@@ -63,6 +79,8 @@ class Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             "continue_final_message": continued,
             "documents": self.documents,
             "chat_template_kwargs": self.chat_template_kwargs,
+            "tools": self.offered,
+            "reasoning_effort": self.reasoning_effort,
         }
 
 
@@ -131,7 +149,7 @@ async def _render_apart(job: bytes) -> str:
 def _check_message(message: dict[str, Any], path: str) -> None:
     """What depends on the role; types are checked later."""
     role, content = message.get("role"), message.get("content")
-    if role in ("tool", "function"):
+    if role == "function":
         raise InvalidRequest(
             f"{path}.role {role!r} is not supported by this server", f"{path}.role", "unsupported_field"
         )
@@ -145,9 +163,15 @@ def _check_message(message: dict[str, Any], path: str) -> None:
     else:
         parts = content if isinstance(content, list) else ()
         refusals = (f"content[{i}].type" for i, part in enumerate(parts) if _is_refusal(part))
-        for name in (*given, *refusals):
+        calls = ("tool_calls",) if message.get("tool_calls") else ()
+        for name in (*given, *calls, *refusals):
             raise _wrong(f"{name} is for assistant messages only", f"{path}.{name}")
-    if content is None and (role != "assistant" or not given):
+    answers = message.get("tool_call_id") is not None
+    if answers and role != "tool":
+        raise _wrong("tool_call_id is for tool messages only", f"{path}.tool_call_id")
+    if role == "tool" and not answers:
+        raise InvalidRequest(f"{path}.tool_call_id is required", f"{path}.tool_call_id", "missing_field")
+    if content is None and (role != "assistant" or not (given or message.get("tool_calls"))):
         raise InvalidRequest(f"{path}.content is required", f"{path}.content", "missing_field")
 
 

@@ -37,17 +37,12 @@ SAMPLING: NoOps = {
 }
 CHAT: NoOps = {
     **SAMPLING,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # without tools, which are refused
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
-    "include_reasoning": (True, False),
     "mm_processor_kwargs": ({},),
 }
 COMPLETION: NoOps = {**SAMPLING, "suffix": (), "prompt_embeds": ()}
@@ -56,8 +51,6 @@ MESSAGE: NoOps = {
     "audio": (),
     "annotations": ([],),
     "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
 }
 
 

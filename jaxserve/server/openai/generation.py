@@ -15,6 +15,7 @@ from jaxserve.server.errors import ApiError, unavailable
 from jaxserve.server.openai.responses import Usage
 from jaxserve.server.state import ServerState
 from jaxserve.text.output import check_token_ids
+from jaxserve.text.reading import MakeParser
 
 Show = Callable[[int, RequestOutput], None]
 """Takes the number of a prompt and an output of it, at once: there is no task between it and the engine."""
@@ -38,10 +39,12 @@ class Generation:
         params: SamplingParams,
         written: dict[str, str],
         add_special_tokens: bool = True,
+        make_parser: MakeParser | None = None,
     ):
         self.created = int(time.time())
         self.usage = Usage()
         self._engine = state.engine
+        self._make_parser = make_parser
         self._timeout = state.request_timeout
         self._deadline = self._timeout and asyncio.get_running_loop().time() + self._timeout
         self._prompts = prompts
@@ -88,7 +91,14 @@ class Generation:
                 content = await self._engine.encode(content, add_special_tokens=False)
             kind = "prompt" if isinstance(content, str) else "prompt_token_ids"
             prompt = {kind: content, "cache_salt": self._cache_salt}
-            return await self._engine.submit(prompt, sink, self._params, tenant=self._tenant, follows=i > 0)
+            return await self._engine.submit(
+                prompt,
+                sink,
+                self._params,
+                tenant=self._tenant,
+                follows=i > 0,
+                make_parser=self._make_parser,
+            )
 
     def _take(
         self, show: Show, ended: asyncio.Future[None], i: int, item: RequestOutput | JaxserveError | None

@@ -15,10 +15,10 @@ from jaxserve.engine.grammar.constraint import (
 )
 from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.server.body import to_struct
 from jaxserve.server.openai import fields
 from jaxserve.server.openai.conversation import Conversation, take_conversation
 from jaxserve.server.request_id import check_id
+from jaxserve.structs import to_struct
 
 DefaultParams = Callable[..., SamplingParams]
 """`AsyncEngine.default_params`: the parameters that are given, and the model's defaults."""
@@ -116,6 +116,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    include_reasoning: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

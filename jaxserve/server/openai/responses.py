@@ -33,6 +33,8 @@ class Usage(msgspec.Struct):
 
     def count_output(self, output: RequestOutput) -> None:
         self.completion_tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
+        reasoning = sum(sequence.reasoning_tokens for sequence in output.outputs)
+        self.completion_tokens_details.reasoning_tokens += reasoning
         self.total_tokens = self.prompt_tokens + self.completion_tokens
 
 
@@ -61,10 +63,27 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
+class CalledFunction(msgspec.Struct, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(msgspec.Struct, omit_defaults=True):
+    """A call, or (`index`) more of one."""
+
+    index: int | None = None
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction | None = None
+
+
 class ChatMessage(msgspec.Struct):
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -88,6 +107,9 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 class Delta(msgspec.Struct, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChunkChoice(msgspec.Struct):

@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.server.body import to_struct
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.conversation import render, take_conversation
 from jaxserve.server.openai.requests import parse_chat
 from jaxserve.server.openai.responses import json_response
 from jaxserve.server.state import ServerState
+from jaxserve.structs import to_struct
 from jaxserve.text.output import check_token_ids
 from jaxserve.text.tokenizer import Tokenizer
 

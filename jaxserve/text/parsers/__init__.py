@@ -9,6 +9,7 @@ from jaxserve.text.parsers.events import (
     Message,
     Reasoning,
     collect,
+    merged,
 )
 from jaxserve.text.parsers.parser import OutputParser, parse
 from jaxserve.text.parsers.registry import (
@@ -32,6 +33,7 @@ __all__ = [
     "choose_reasoning_parser",
     "choose_tool_parser",
     "collect",
+    "merged",
     "parse",
     "reasoning_parser",
     "register_reasoning_parser",

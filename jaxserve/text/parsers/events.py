@@ -1,7 +1,8 @@
 """What a model's output is made of, as it comes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 
 @dataclass(slots=True)
@@ -45,20 +46,31 @@ class Call:
 class Message:
     content: str = ""
     reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
+    tool_calls: list[Call] = field(default_factory=list)
 
 
 def collect(events: Iterable[Event]) -> Message:
     """The whole message that a stream of events adds up to."""
     message = Message()
-    for event in events:
+    for event in merged(events):
         match event:
             case Content(text):
                 message.content += text
             case Reasoning(text):
                 message.reasoning += text
             case CallBegin(_, id, name):
-                message.calls.append(Call(id, name))
+                message.tool_calls.append(Call(id, name))
             case Arguments(index, text):
-                message.calls[index].arguments += text
+                message.tool_calls[index].arguments += text
     return message
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """The same with no two of a kind in a row, but for calls that begin."""
+    result: list[Event] = []
+    for _, group in groupby(events, key=lambda event: (type(event), getattr(event, "index", None))):
+        first, *others = group
+        if others:
+            first = replace(first, text="".join(event.text for event in (first, *others)))  # type: ignore[union-attr]
+        result.append(first)
+    return result

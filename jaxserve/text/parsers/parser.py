@@ -1,6 +1,6 @@
 """One output of a model, on its way from text to reasoning, content and tool calls."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxserve.text.parsers.events import Event, Message, collect
@@ -21,12 +21,14 @@ class OutputParser:
         reasoning: Format | None = None,
         functions: Sequence[Mapping[str, Any]] = (),
         prompt: str = "",
-        special_tokens: frozenset[str] = frozenset(),
+        special_tokens: Collection[str] = frozenset(),
+        parallel: bool = True,
     ):
         """`functions`: the request's `tools`; `prompt`: the rendered prompt, or its end; `special_tokens`:
-        the texts of the tokenizer's."""
+        the texts of the tokenizer's; `parallel`: whether there may be more than one call."""
         self.tags = frozenset().union(*(getattr(format, "tags", ()) for format in (tools, reasoning)))
-        self._scanner = Scanner(functions, prompt, special_tokens & self.tags)
+        self._parallel = parallel
+        self._scanner = Scanner(functions, prompt, self.tags.intersection(special_tokens))
         self._run = self._read(tools, reasoning)
         next(self._run)
 
@@ -38,13 +40,23 @@ class OutputParser:
         """
         self._scanner.add(text, specials)
         next(self._run)
-        return self._scanner.take()
+        return self._take()
 
     def finish(self) -> list[Event]:
         """The rest, once no more text comes."""
         self._scanner.close()
         next(self._run, None)
-        return self._scanner.take()
+        return self._take()
+
+    def take_spans(self) -> list[tuple[int, bool]]:
+        """Where in the whole text the spans end that were read since the last call, and whether each is
+        reasoning."""
+        spans, self._scanner.spans = self._scanner.spans, []
+        return spans
+
+    def _take(self) -> list[Event]:
+        events = self._scanner.take()
+        return events if self._parallel else [event for event in events if not getattr(event, "index", 0)]
 
     def _read(self, tools: Format | None, reasoning: Format | None) -> Wait[None]:
         yield

@@ -35,7 +35,8 @@ def _function(s: Scanner) -> Wait[bool]:
         return False
     s.begin(name)
     opening = "{"
-    properties = s.tools.get(name, {}).get("properties") or {}
+    properties = s.tools.get(name, {}).get("properties")
+    properties = properties if isinstance(properties, dict) else {}
     tag = yield from after_spaces(s, PARAMETER, *CLOSING)
     while tag == PARAMETER:
         key = yield from s.run(NAME)

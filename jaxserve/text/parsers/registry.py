@@ -103,7 +103,10 @@ def reasoning_parser(name: str) -> Format:
 
 
 def choose_tool_parser(model_type: str, chat_template: str = "") -> str:
-    """The name for a model; `hermes`, which the preamble for tools asks for, where nothing else is known."""
+    """The name for a model; `hermes`, which the preamble for tools asks for, where the template has no place
+    for them or nothing is known."""
+    if chat_template and "tools" not in chat_template:
+        return "hermes"
     return _choose(TOOL_MARKS, TOOL_FAMILIES, model_type, chat_template) or "hermes"
 
 

@@ -48,6 +48,7 @@ class Scanner:
         self._special_tokens = special_tokens
         self.new_id = lambda: f"call_{secrets.token_hex(12)}"
         self.pos = 0  # in the whole text
+        self.spans: list[tuple[int, bool]] = []  # up to where it was read, and whether that was reasoning
         self._text = ""
         self._base = 0  # where `_text` begins in the whole text
         self._specials: set[int] | None = None
@@ -197,9 +198,10 @@ class Scanner:
         while True:
             at, tag = self._find(tags)
             text = self._text[self.pos - self._base : at - self._base]
-            self.pos = at + len(tag or "")
+            self.pos = at
             if text:
                 out(text)
+            self.pos += len(tag or "")
             if tag or self._closed:
                 return tag
             yield
@@ -228,6 +230,7 @@ class Scanner:
     def _emit(self, event: Event) -> None:
         self._text = self._text[self.pos - self._base :]
         self._base = self.pos
+        self.spans.append((self.pos, isinstance(event, Reasoning)))
         last = self._events[-1] if self._events else None
         if isinstance(last, Content | Reasoning | Arguments) and type(last) is type(event):
             last.text += event.text

@@ -37,14 +37,18 @@ def kinds(schema: Any) -> frozenset[str]:
     """The JSON types that a parameter's schema allows; none where it does not say."""
     if not isinstance(schema, dict):
         return frozenset()
-    named = schema.get("type", [])
-    found = {named} if isinstance(named, str) else {kind for kind in named if isinstance(kind, str)}
-    for key in ("anyOf", "oneOf"):
-        for option in schema.get(key) or ():
-            found |= kinds(option)
-    for value in schema.get("enum") or ():
+    named = schema.get("type")
+    found = {named} if isinstance(named, str) else {kind for kind in _list(named) if isinstance(kind, str)}
+    for option in (*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))):
+        found |= kinds(option)
+    for value in _list(schema.get("enum")):
         found |= _kind(value)
     return frozenset(found)
+
+
+def _list(value: Any) -> list[Any]:
+    """A schema is a client's: it may hold anything."""
+    return value if isinstance(value, list) else []
 
 
 def _python(text: str) -> Any:

@@ -53,4 +53,4 @@ class Feed:
 
 
 def plain(message: Message) -> Plain:
-    return message.reasoning, message.content, [(call.name, call.arguments) for call in message.calls]
+    return message.reasoning, message.content, [(call.name, call.arguments) for call in message.tool_calls]

@@ -147,9 +147,9 @@ def test_events_in_order():
 
 
 def test_ids_are_what_the_model_wrote_or_what_its_template_takes():
-    own = parse("[TOOL_CALLS]g[CALL_ID]abcdef123[ARGS]{}", tool_parser("mistral")).calls[0].id
+    own = parse("[TOOL_CALLS]g[CALL_ID]abcdef123[ARGS]{}", tool_parser("mistral")).tool_calls[0].id
     assert own == "abcdef123"
-    made = parse("[TOOL_CALLS]g{}", tool_parser("mistral")).calls[0].id
+    made = parse("[TOOL_CALLS]g{}", tool_parser("mistral")).tool_calls[0].id
     assert len(made) == 9 and made.isalnum()
 
 
@@ -164,7 +164,7 @@ def test_a_special_token_that_is_only_spelt_out_is_text():
 
 def test_a_tag_that_is_no_special_token_of_this_tokenizer_counts_as_text():
     parser = OutputParser(tool_parser("mistral"), special_tokens=frozenset({"<s>"}))
-    assert collect(parser.feed("[TOOL_CALLS]g{}", specials=[])).calls[0].name == "g"
+    assert collect(parser.feed("[TOOL_CALLS]g{}", specials=[])).tool_calls[0].name == "g"
 
 
 def test_names():
@@ -200,18 +200,19 @@ def test_a_format_of_ones_own(monkeypatch):
 @pytest.mark.parametrize(
     ("model_type", "template", "tools", "reasoning"),
     [
-        ("qwen2", "…<tool_call>\n…", "hermes", None),
-        ("qwen3", "…<tool_call>…<think>…", "hermes", "qwen3"),
-        ("qwen3_moe", "…<tool_call>\n<function=…", "qwen3_coder", "qwen3"),
-        ("llama", "… Environment: ipython …", "llama3_json", None),
-        ("llama4", "…<|python_start|>…ipython", "pythonic", None),
-        ("mistral", "…[TOOL_CALLS]…", "mistral", None),
-        ("deepseek_v3", "…<｜tool▁calls▁begin｜>…<｜Assistant｜><think>…", "deepseek_v3", "deepseek_r1"),
-        ("granite", "<|start_of_role|>…Here is my thought process:…", "granite", "granite"),
-        ("phi3", "<|tool|>…<|/tool|>", "phi4_mini_json", None),
+        ("qwen2", "tools…<tool_call>\n…", "hermes", None),
+        ("qwen3", "tools…<tool_call>…<think>…", "hermes", "qwen3"),
+        ("qwen3_moe", "tools…<tool_call>\n<function=…", "qwen3_coder", "qwen3"),
+        ("llama", "tools… Environment: ipython …", "llama3_json", None),
+        ("llama4", "tools…<|python_start|>…ipython", "pythonic", None),
+        ("mistral", "tools…[TOOL_CALLS]…", "mistral", None),
+        ("deepseek_v3", "tools…<｜tool▁calls▁begin｜>…<｜Assistant｜><think>…", "deepseek_v3", "deepseek_r1"),
+        ("granite", "tools<|start_of_role|>…Here is my thought process:…", "granite", "granite"),
+        ("phi3", "tools<|tool|>…<|/tool|>", "phi4_mini_json", None),
         ("gemma3_text", "", "gemma", None),
-        ("gpt_oss", "<|channel|>…", "openai", "gpt_oss"),
+        ("gpt_oss", "tools<|channel|>…", "openai", "gpt_oss"),
         ("llama", "", "hermes", None),
+        ("mistral", "…[TOOL_CALLS]…", "hermes", None),  # no place for tools: the preamble asks for hermes
     ],
 )
 def test_the_choice_for_a_model(model_type, template, tools, reasoning):
@@ -224,7 +225,7 @@ def test_the_choice_for_a_model(model_type, template, tools, reasoning):
     "text", [text for name in ("pythonic", "gemma", "qwen3_coder") for text in OUTPUTS[name]]
 )
 def test_finished_arguments_that_we_write_are_json(name, text):
-    for call in parse(text, tool_parser(name)).calls:
+    for call in parse(text, tool_parser(name)).tool_calls:
         if call.arguments.endswith("}"):
             json.loads(call.arguments)
 

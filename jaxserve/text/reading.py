@@ -1,0 +1,130 @@
+"""Reading an output: reasoning, content and tool calls instead of plain text, where a model writes them."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.text.parsers import (
+    Event,
+    OutputParser,
+    choose_reasoning_parser,
+    choose_tool_parser,
+    merged,
+    reasoning_parser,
+    tool_parser,
+)
+from jaxserve.text.parsers.registry import Format
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools import ToolUse
+
+MakeParser = Callable[[], OutputParser]
+PROMPT_END = 256
+"""Characters of the prompt that tell a parser how the template began the answer."""
+
+
+def load_plugin(path: Path) -> None:
+    """Run a file that registers formats. Raises ConfigError."""
+    spec = spec_from_file_location("jaxserve_tool_parser_plugin", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"tool_parser_plugin must be a .py file, not {path}")
+    try:
+        spec.loader.exec_module(module_from_spec(spec))
+    except Exception as error:  # whatever it runs into
+        raise ConfigError(f"tool_parser_plugin {path} failed: {type(error).__name__}: {error}") from error
+
+
+class Formats(NamedTuple):
+    """How a model writes."""
+
+    tools: Format | None
+    reasoning: Format | None
+
+    @classmethod
+    def choose(cls, tools: str, reasoning: str, model_type: str, template: str | None) -> "Formats":
+        """By the names of parsers, of which `auto` and `none` are two. Raises ConfigError."""
+        if tools == "auto":
+            tools = choose_tool_parser(model_type, template or "")
+        if reasoning == "auto":
+            reasoning = choose_reasoning_parser(model_type, template or "") or "none"
+        return cls(
+            None if tools == "none" else tool_parser(tools),
+            None if reasoning == "none" else reasoning_parser(reasoning),
+        )
+
+    def parser(self, tokenizer: Tokenizer, use: ToolUse, prompt: str) -> MakeParser | None:
+        """Makes the parser of each output; None where an output is nothing but text.
+
+        Raises InvalidRequest.
+        """
+        if use.offered and self.tools is None:
+            told = "tools need an engine with a --tool-call-parser"
+            raise InvalidRequest(told, "tools", "unsupported_field")
+        if use.forced:
+            told = "tool_choice required, or one tool by its name, is not supported by this server yet"
+            raise InvalidRequest(told, "tool_choice", "unsupported_field")
+        tools = self.tools if use.offered else None
+        if tools is None and self.reasoning is None:
+            return None
+        return partial(
+            OutputParser,
+            tools,
+            self.reasoning,
+            use.offered,
+            prompt[-PROMPT_END:],
+            tokenizer.special_tokens,
+            use.parallel_tool_calls is not False,
+        )
+
+
+class Reader:
+    """One output on its way through its parser, behind the stop strings."""
+
+    def __init__(self, parser: OutputParser, tokenizer: Tokenizer):
+        ids = tokenizer.special_tokens
+        self.tags = {ids[tag]: tag for tag in parser.tags if tag in ids}
+        """Special tokens that the parser must see, by their ids."""
+        self._reasoning_tokens = 0
+        self._parser = parser
+        self._events: list[Event] = []
+        self._came = 0
+        self._shown = 0
+        self._specials: list[int] = []
+        """Where tags that are special tokens begin, in the characters that came and are not shown yet."""
+        self._tokens: deque[int] = deque()
+        """Where tokens begin of which it is not known yet what they are."""
+
+    def came(self, token: int, piece: str) -> None:
+        """A token's text, from which the stop strings may hold something back."""
+        if token in self.tags and (at := piece.rfind(self.tags[token])) >= 0:
+            self._specials.append(self._came + at)
+        self._tokens.append(self._came)
+        self._came += len(piece)
+
+    def show(self, text: str) -> None:
+        end = self._shown + len(text)
+        specials = [at - self._shown for at in self._specials if at < end]
+        self._specials = self._specials[len(specials) :]
+        self._shown = end
+        self._events += self._parser.feed(text, specials)
+        self._count()
+
+    def finish(self) -> None:
+        self._events += self._parser.finish()
+        self._count()
+
+    def take(self, clear: bool) -> tuple[list[Event], int]:
+        """All events so far and the tokens of reasoning; with `clear` what is new since the last call."""
+        events, tokens = merged(self._events), self._reasoning_tokens
+        self._events = [] if clear else list(events)
+        self._reasoning_tokens = 0 if clear else tokens
+        return events, tokens
+
+    def _count(self) -> None:
+        for end, reasoning in self._parser.take_spans():
+            while self._tokens and self._tokens[0] < end:
+                self._tokens.popleft()
+                self._reasoning_tokens += reasoning

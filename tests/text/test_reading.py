@@ -1,0 +1,111 @@
+"""Outputs with tool calls and reasoning, from tokens: special tokens that are tags, stop strings, counts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from jaxserve.engine.messages import CoreOutput
+from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.structs import to_struct
+from jaxserve.text.output import OutputProcessor
+from jaxserve.text.parsers import merged
+from jaxserve.text.reading import Formats
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools import ToolUse
+
+from .conftest import NAMED, byte_fallback, byte_level
+
+TAGS = ["[TOOL_CALLS]", "<think>", "</think>", "<|other|>"]
+USE = to_struct({"tools": [{"type": "function", "function": {"name": "f"}}]}, ToolUse)
+TEXT = '<think>It é.</think>\n\nWell[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]'
+
+
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback])
+def tok(request) -> Tokenizer:
+    backend = request.param()
+    backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS])
+    return Tokenizer(backend, NAMED)
+
+
+def run(tok, ids, kind="delta", formats=None, prompt="", **params):
+    """The events, and the tokens of reasoning, of one request that gets a token a step."""
+    formats = formats or Formats.choose("mistral", "qwen3", "", None)
+    proc = OutputProcessor(tok, [1], max_model_len=1000)
+    wanted = SamplingParams(max_tokens=500, output_kind=kind, **params)
+    (core,) = proc.add("r", "p", [5, 6], wanted, make_parser=formats.parser(tok, USE, prompt))
+    events, reasoning, text = [], 0, ""
+    for i, token in enumerate(ids):
+        end = "length" if i == len(ids) - 1 else None
+        for output in proc.process([CoreOutput(id=core.id, token_ids=[token], finish_reason=end)])[0]:
+            (sequence,) = output.outputs
+            if kind == "delta":
+                events += sequence.events
+                reasoning += sequence.reasoning_tokens
+                text += sequence.text
+            else:
+                events, reasoning, text = sequence.events, sequence.reasoning_tokens, sequence.text
+    return merged(events), reasoning, text
+
+
+def shown(events):
+    return [getattr(event, "text", None) or event.name for event in events]
+
+
+@pytest.mark.parametrize("kind", ["delta", "cumulative", "final"])
+def test_tags_that_are_special_tokens_are_read(tok, kind):
+    ids = tok.encode(TEXT, add_special_tokens=False)
+    events, reasoning, text = run(tok, ids, kind)
+    assert shown(events) == ["It é.", "Well", "f", '{"a": 1}']
+    assert text.replace(" ", "") == TEXT.replace(" ", "")  # the text stays raw
+    assert reasoning == ids.index(tok.special_tokens["</think>"])
+
+
+def test_only_tags_of_the_formats_are_shown(tok):
+    ids = [*tok.encode("Hi", False), tok.special_tokens["<|other|>"], *tok.encode("[TOOL_CALLS]", False)]
+    events, _, text = run(tok, ids)
+    assert "other" not in text and shown(events)[-1].endswith("[TOOL_CALLS]")
+    (shows, _, text) = run(tok, ids, skip_special_tokens=False)
+    assert "<|other|>" in text and shown(shows) == [text]
+
+
+def test_a_tag_that_is_spelt_out_is_text(tok):
+    spelled = [
+        token
+        for part in ("[TOOL_", 'CALLS][{"name": "f", "arguments": {}}]')
+        for token in tok.encode(part, False)
+    ]
+    events, _, text = run(tok, spelled)
+    assert shown(events) == [text]
+
+
+@given(cut=st.integers(1, 40), stop=st.integers(1, 40))
+def test_stop_strings_come_first_whatever_they_hold_back(tok, cut, stop):
+    """What the stop strings leave of the text is what is read."""
+    ids = tok.encode(TEXT, add_special_tokens=False)
+    text = run(tok, ids)[2]
+    stops = [text[cut : cut + stop], "never" * 5]
+    events, reasoning, left = run(tok, ids, stop=stops)
+    whole, *others = run(tok, ids, kind="final", stop=stops)
+    assert left == text[: text.find(stops[0])] and [reasoning, left] == others
+    assert shown(events) == shown(whole) and all(piece in left for piece in shown(events))
+
+
+def test_without_tools_and_reasoning_there_is_no_parser(tok):
+    formats = Formats.choose("mistral", "auto", "mistral", "tools")
+    assert formats.parser(tok, ToolUse(), "") is None
+    assert formats.parser(tok, to_struct({"tools": USE.tools, "tool_choice": "none"}, ToolUse), "") is None
+    proc = OutputProcessor(tok, [1], max_model_len=100)
+    (core,) = proc.add("r", "p", [5], SamplingParams(output_kind="final"))
+    ((output,), _) = proc.process([CoreOutput(id=core.id, token_ids=[40], finish_reason="stop")])
+    assert output.outputs[0].events is None and output.outputs[0].message.content == output.outputs[0].text
+
+
+def test_the_names_of_parsers():
+    assert Formats.choose("none", "none", "qwen3", "<think>") == (None, None)
+    with pytest.raises(ConfigError, match="unknown tool parser 'hermse'"):
+        Formats.choose("hermse", "auto", "", None)
+    with pytest.raises(InvalidRequest) as error:
+        Formats.choose("none", "none", "", None).parser(None, USE, "")
+    assert error.value.param == "tools"
