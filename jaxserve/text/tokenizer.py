@@ -68,11 +68,6 @@ class Tokenizer:
         if chat_template is not None:
             self.set_chat_template(chat_template)
 
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """The ids of the special tokens, by their texts."""
-        return {self.backend.id_to_token(i): i for i in self.special_ids}
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
             # as a batch, because that lets other threads run meanwhile
