@@ -21,6 +21,7 @@ from jaxserve.engine.programs import Programs
 from jaxserve.engine.request import Request
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Chunk
+from jaxserve.engine.shaping import Shaping
 from jaxserve.engine.step import KV, Slots, Weights
 from jaxserve.errors import ConfigError
 from jaxserve.pallas_kernels.paged_attention import read
@@ -48,7 +49,9 @@ STEP = 64
 NOTHING = "deterministic: no program gives a row the same bits in all places on this device"
 
 
-def certify(programs: Programs, weights: Weights, kv: KV, slots: Slots) -> tuple[KV, Slots, list[str]]:
+def certify(
+    programs: Programs, weights: Weights, kv: KV, slots: Slots, shaping: Shaping
+) -> tuple[KV, Slots, Shaping, list[str]]:
     """Leave one class of programs in the table; the state, which it uses, and the names of the others.
 
     Raises ConfigError when no program repeats its own bits.
@@ -59,17 +62,22 @@ def certify(programs: Programs, weights: Weights, kv: KV, slots: Slots) -> tuple
     refused = [bucket.name for bucket in found if bucket not in kept]
     for bucket in found.keys() - kept:
         programs.leave_out(bucket)
-    draws = _Draws(programs, probing.slots)
-    known = draws.sample(programs.limits.seqs, "full")
-    if known.contradicted:
+    draws = _Draws(programs, probing.slots, shaping)
+    most = programs.limits.seqs
+    known, shaped = draws.sample(most, "full"), draws.shape(most)
+    if known.contradicted or shaped.contradicted:
         raise ConfigError(NOTHING)
     for seqs, variant in programs.samples:
         if not known.agrees(draws.sample(seqs, variant)):
             refused.append(f"sample[{seqs}, {variant}]")
             programs.leave_out((seqs, variant))
+    for seqs in programs.shaped:
+        if not shaped.agrees(draws.shape(seqs)):
+            refused.append(f"shape[{seqs}]")
+            programs.leave_out(seqs)
     if refused:
         log.warning("deterministic: left out, for bits unlike the others': %s", ", ".join(refused))
-    return probing.kv, draws.slots, refused
+    return probing.kv, draws.slots, draws.shaping, refused
 
 
 class Bits:
@@ -286,13 +294,13 @@ def _enough(bucket: Bucket) -> tuple[int, int]:
 
 
 class _Draws:
-    """Logits and parameters to try sample programs with.
+    """Logits and parameters to try shape and sample programs with.
 
     The logits are nearly level: a token's share is so small that a sum's last bits decide which is drawn.
     """
 
-    def __init__(self, programs: Programs, slots: Slots):
-        self.slots = slots
+    def __init__(self, programs: Programs, slots: Slots, shaping: Shaping):
+        self.slots, self.shaping = slots, shaping
         self._programs = programs
         self._random = random = np.random.default_rng(0)
         count = max(programs.shapes.max_num_seqs, DRAWS)
@@ -306,20 +314,53 @@ class _Draws:
         def pick(*values: float) -> float:
             return float(self._random.choice(values))
 
+        vocab = self._programs.shapes.vocab
         return CoreRequest(
             id=str(i),
-            prompt=[0],
+            prompt=self._random.integers(0, vocab, TAIL).tolist(),
             max_tokens=1,
             seed=i,
             temperature=pick(0.5, 1.0, 2.0) if i % 4 else 0.0,
             min_p=pick(0.0, 0.0, 0.1),
             top_p=pick(1.0, 0.5, 0.95) if i % 2 else 1.0,
             top_k=int(pick(0, 20, 1000)) if i % 2 else 0,
+            typical_p=pick(1.0, 0.5, 0.95) if i % 2 else 1.0,
+            repetition_penalty=pick(1.0, 1.3),
+            frequency_penalty=pick(0.0, 0.7),
+            logit_bias={int(self._random.integers(0, vocab)): pick(0.5, -1.0)},
         )
 
     def sample(self, seqs: int, variant: Variant) -> Bits:
         """What a sample program gives for rows in different places, with filters among them and without."""
         bits, program = Bits(), self._programs.sample(seqs, variant)
+        for places, rows, logits, targets in self._steps(seqs):
+            self.slots, sampled = program(self.slots, logits, logits, targets)
+            found = np.asarray(sampled)
+            for place, row in zip(places, rows, strict=True):
+                if variant != "greedy" or self._requests[row].temperature == 0.0:
+                    bits.note((row, "token"), found[place, 0])
+                if variant == "full":
+                    bits.note((row, "logprobs"), found[place, 1:])
+        return bits
+
+    def shape(self, seqs: int) -> Bits:
+        """What a shape program makes of rows in different places."""
+        bits, program = Bits(), self._programs.shape(seqs)
+        for places, rows, logits, targets in self._steps(seqs):
+            for place, row in zip(places, rows, strict=True):
+                packed = self._programs.enter_layout.pack(int(targets[place, 0]), self._requests[row], [])
+                self.shaping = self._programs.enter(self.shaping, packed)
+                targets[place, 1] = len(self._requests[row].prompt)
+            packed, here, _ = self._programs.rows_layout(seqs).empty()
+            here[places] = 1
+            self.shaping, shaped = program(self.shaping, self.slots, logits, targets, packed)
+            found = np.asarray(shaped)
+            for place, row in zip(places, rows, strict=True):
+                bits.note((row, "logits"), found[place])
+        return bits
+
+    def _steps(self, seqs: int) -> Iterator[tuple[list[int], list[int], np.ndarray, np.ndarray]]:
+        """Places in a step of so many rows, what is in them, and its logits and targets."""
         vocab, dummy = self._programs.shapes.vocab, self._programs.shapes.max_num_seqs
         for rows in self._batches(min(seqs, dummy)):
             places = self._random.permutation(seqs)[: len(rows)]
@@ -331,14 +372,7 @@ class _Draws:
             for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
                 packed = self._programs.admit_layout.pack(slot, self._requests[row], row, [])
                 self.slots = self._programs.admit(self.slots, packed)
-            self.slots, sampled = program(self.slots, logits, targets)
-            found = np.asarray(sampled)
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                if variant != "greedy" or self._requests[row].temperature == 0.0:
-                    bits.note((row, "token"), found[place, 0])
-                if variant == "full":
-                    bits.note((row, "logprobs"), found[place, 1:])
-        return bits
+            yield places.tolist(), rows.tolist(), logits, targets
 
     def _batches(self, most: int) -> Iterator[np.ndarray]:
         """Rows that are sampled together: some of all kinds, then plain ones."""

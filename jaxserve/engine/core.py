@@ -19,6 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation, pages
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
+from jaxserve.engine.choosing import Chooser
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
@@ -26,10 +27,12 @@ from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogpro
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.plan import Plan, plan_of
 from jaxserve.engine.programs import Programs
-from jaxserve.engine.sampling import Sampled, Variant
+from jaxserve.engine.request import Request
+from jaxserve.engine.rules import rules_of
+from jaxserve.engine.sampling import Sampled
 from jaxserve.engine.scheduler import Chunk, Schedule, Scheduler, policy_of
 from jaxserve.engine.stats import StepRecord, StepStats
-from jaxserve.errors import EngineDied, QueueFull
+from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.outputs import ErrorCode
@@ -50,10 +53,12 @@ class Flight(NamedTuple):
     chunks: list[Chunk]
     tokens: int = 0
     """Of all chunks."""
+    logits: jax.Array | None = None
+    """While the tokens are not chosen."""
+    targets: jax.Array | None = None
+    """There when the device has done the forward pass."""
     sampled: jax.Array | None = None
     """None when no chunk reached the end of its sequence."""
-    done: jax.Array | None = None
-    """An array that is there when the device has done the step."""
     error: Exception | None = None
     """Why the step could not be dispatched."""
     program: str = ""
@@ -94,13 +99,15 @@ class EngineCore:
             else:
                 self.model.load(checkpoint)
         del checkpoint  # and with it the files that are mapped
-        self._kv, self._slots = self._programs.empty_state()
+        self._on_host = platform.name == "cpu"
+        self._chooser = Chooser(self._programs, self._refuse, self._on_host)
+        self._kv, self._slots, self._chooser.shaping = self._programs.empty_state()
         self.steps = 0
         self._left_out: list[str] = []
         if config.deterministic:
             self._programs.wait_until_warm()
-            self._kv, self._slots, self._left_out = certify(
-                self._programs, self.model.weights, self._kv, self._slots
+            self._kv, self._slots, self._chooser.shaping, self._left_out = certify(
+                self._programs, self.model.weights, self._kv, self._slots, self._chooser.shaping
             )
         self._pool = BlockPool(self.shapes.pool.num_blocks, self.shapes.pool.block_size)
         self._scheduler = Scheduler(
@@ -108,7 +115,6 @@ class EngineCore:
         )
         self._flights: deque[Flight] = deque()
         self._overlap = config.overlap
-        self._on_host = platform.name == "cpu"
         self._failed_steps = 0
         self._random = random.Random(config.seed + replica)
         self._seed = config.seed if config.deterministic else None
@@ -156,11 +162,11 @@ class EngineCore:
             request.seed = self._random.getrandbits(64) if self._seed is None else self._seed
         now = time.monotonic()
         try:
-            self._scheduler.add(request, now).queued_at = now
+            added = self._scheduler.add(request, now)
+            added.queued_at = now
+            added.rules = rules_of(request, self.shapes.vocab)
         except (ValueError, QueueFull) as error:
-            code: ErrorCode | None = "queue_full" if isinstance(error, QueueFull) else None
-            refusal = CoreOutput(id=request.id, finish_reason="error", error=str(error), error_code=code)
-            self._refused.append(refusal)
+            self._refused.append(_refusal(request.id, error))
         else:
             if self._scheduler.unfinished == 1:
                 self._step_stats.idle(None)  # those before it are gone
@@ -185,16 +191,26 @@ class EngineCore:
         Raises EngineDied when `MAX_FAILED_STEPS` in a row have failed, and what the device raises when not
         even an empty pool can be made.
         """
-        outputs, self._refused = self._refused, []
+        outputs = self._take_refused()
         with self._compiles.request_path():
             schedule = self._scheduler.schedule(self._programs.limits)
             if schedule.chunks:
                 self._flights.append(self._launch(schedule))
+                if any(chunk.request.late for chunk in schedule.chunks):
+                    while len(self._flights) > 1:
+                        outputs += self._collect()
+                if self._flights:  # or a failed step took them all
+                    self._flights.append(self._choose(self._flights.pop()))
+                outputs += self._take_refused()
             ahead = 1 if schedule.chunks and self._overlap else 0
             while len(self._flights) > ahead or (self._flights and self._flights[-1].error):
                 outputs += self._collect()
             self._note_idle(time.monotonic())
         return outputs
+
+    def _take_refused(self) -> list[CoreOutput]:
+        refused, self._refused = self._refused, []
+        return refused
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start."""
@@ -238,7 +254,8 @@ class EngineCore:
         self._moved.set()
         self._programs.close()
         self._flights.clear()
-        self._kv, self._slots, self.model.weights = [], None, []  # type: ignore[assignment]
+        self._kv, self.model.weights = [], []
+        self._slots = self._chooser.shaping = None  # type: ignore[assignment]
 
     def _launch(self, schedule: Schedule) -> Flight:
         """Dispatch a step. One that cannot be is read in its turn too: an earlier one may be the cause."""
@@ -249,7 +266,7 @@ class EngineCore:
 
     def _note_idle(self, now: float) -> None:
         """See whether the device has nothing to do; that counts while there are requests."""
-        last = self._flights[-1].done if self._flights else None
+        last = self._flights[-1].targets if self._flights else None
         if last is None or last.is_ready():  # type: ignore[attr-defined]
             self._step_stats.idle(now if self._scheduler.unfinished else None)
 
@@ -262,6 +279,7 @@ class EngineCore:
             layout = self._programs.admit_layout
             packed = layout.pack(request.slot, request.spec, request.spec.seed, request.blocks)
             self._slots = self._programs.admit(self._slots, packed)
+            self._chooser.enter(request)
         chunks = schedule.chunks
         tokens = sum(chunk.length for chunk in chunks)
         bucket = self._programs.bucket(tokens, len(chunks))
@@ -271,13 +289,25 @@ class EngineCore:
         self._kv, self._slots, logits, targets = forward(self.model.weights, self._kv, self._slots, packed)
         dispatched = time.monotonic()
         self._step_stats.dispatched(dispatched)
-        sampled = None
-        if variant := _variant(chunks):
-            sample = self._programs.sample(bucket.seqs, variant)
-            self._slots, sampled = sample(self._slots, logits, targets)
-            if not self._on_host:
-                sampled.copy_to_host_async()
-        return Flight(chunks, tokens, sampled, targets, program=bucket.name, dispatched=dispatched)
+        return Flight(chunks, tokens, logits, targets, program=bucket.name, dispatched=dispatched)
+
+    def _choose(self, flight: Flight) -> Flight:
+        """Dispatch what chooses the tokens of a step whose forward pass is dispatched."""
+        if flight.error:
+            return flight
+        assert flight.logits is not None and flight.targets is not None
+        try:
+            self._slots, sampled = self._chooser.choose(
+                self._slots, flight.chunks, flight.logits, flight.targets
+            )
+        except Exception as error:
+            return flight._replace(error=error)
+        return flight._replace(sampled=sampled, logits=None)
+
+    def _refuse(self, request: Request, error: InvalidRequest) -> None:
+        """End a request that cannot go on as it is."""
+        self._scheduler.finish(request, "error")
+        self._refused.append(_refusal(request.id, error))
 
     def _collect(self) -> list[CoreOutput]:
         """Read the oldest step in flight. The first that cannot be read is the one that failed: an error
@@ -299,7 +329,7 @@ class EngineCore:
         if flight.error:
             raise flight.error
         if flight.sampled is None:
-            jax.block_until_ready(flight.done)
+            jax.block_until_ready(flight.targets)
             return None
         return Sampled.unpack(np.asarray(flight.sampled))
 
@@ -354,21 +384,23 @@ class EngineCore:
         for request in list(self._scheduler.running):
             self._scheduler.preempt(request)
         self._moved.set()
-        for array in jax.tree.leaves((self._kv, self._slots)):
+        for array in jax.tree.leaves((self._kv, self._slots, self._chooser.shaping)):
             array.delete()  # or the traceback keeps what was not donated
-        self._kv, self._slots = jax.block_until_ready(self._programs.empty_state())
+        state = jax.block_until_ready(self._programs.empty_state())
+        self._kv, self._slots, self._chooser.shaping = state
         self._begin_to_arrange()
         return outputs
 
 
-def _variant(chunks: list[Chunk]) -> Variant | None:
-    """The cheapest sample program that serves every row that samples; None without one."""
-    specs = [chunk.request.spec for chunk in chunks if chunk.samples]
-    if not specs:
-        return None
-    if any(spec.logprobs is not None for spec in specs):
-        return "full"
-    return "random" if any(spec.temperature > 0 for spec in specs) else "greedy"
+def _refusal(id: str, error: Exception) -> CoreOutput:
+    """The answer to a request that is not served."""
+    code: ErrorCode | None = None
+    if isinstance(error, QueueFull):
+        code = "queue_full"
+    elif isinstance(error, InvalidRequest):
+        code = "invalid_request"
+    param = getattr(error, "param", None)
+    return CoreOutput(id=id, finish_reason="error", error=str(error), error_code=code, error_param=param)
 
 
 def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:

@@ -18,6 +18,7 @@ from jaxserve.engine.devices import CPU, GPU, TPU, Memory, Platform, gib, kv_typ
 from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import VARIANTS, Shapes, ladder
+from jaxserve.engine.shaping import Shaping
 from jaxserve.errors import ConfigError
 from jaxserve.models.layers.activation import GATES
 from jaxserve.models.layers.attention import HeadLayout
@@ -167,7 +168,7 @@ def _budget(case: Case, memory: Memory) -> Budget:
         length,
         memory,
         weights=case.weights,
-        state=4 * (seqs + 1) * (width + 8),
+        state=4 * (seqs + 1) * (width + 8) + Shaping.bytes(seqs, dims.vocab_size),
         temporaries=temporaries(case, shapes, memory),
         autotuning=_autotuning(case, shapes) if platform is GPU else 0,
         runtime=_runtime(case, shapes, memory),
@@ -205,8 +206,8 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
     bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
     Rounded products are half as large, but XLA keeps several of them, to add them up in the next sum.
-    Sampling holds the logits five times (in C++ once, with a GPU's kernel twice), and the next step's. A
-    bound that tests/engine/test_memory.py holds against what the compiler says of the programs.
+    Choosing tokens holds the logits six times (in XLA seven times), the model's own and the next step's
+    among them. A bound that tests/engine/test_memory.py holds against what the compiler says.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
@@ -226,7 +227,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     hidden = tokens * dims.hidden_size * (ROUNDED_HIDDEN[memory.platform] if case.kernels.rounded else 4)
     forward: int = hidden + layer + tables + logits + gathered
     workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
-    kept = {"cpu": 2, "gpu": 3}.get(case.kernels.sampler, 6)
+    kept = 7 if case.kernels.sampler == "xla" else 6
     return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
 
 

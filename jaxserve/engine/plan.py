@@ -150,7 +150,7 @@ def measured(programs: Programs) -> Temporaries:
 
 def plan_of(config: EngineConfig, model: LoadedModel, budget: Budget, programs: Programs) -> Plan:
     """The plan of an engine that runs, with what is known of the programs that are compiled."""
-    names = ["admit", *programs.temporaries()]
+    names = ["admit", "enter", *programs.temporaries()]
     return describe(config, model, budget, names, measured(programs), _size(Path(config.model)))
 
 
@@ -202,7 +202,8 @@ def _names(buckets: Sequence[Bucket]) -> list[str]:
     """All programs of a ladder."""
     rows = sorted({bucket.seqs for bucket in buckets})
     samples = [f"sample[{n}] {variant}" for n in rows for variant in VARIANTS]
-    return ["admit", *(bucket.name for bucket in sorted(buckets)), *samples]
+    shapes = [f"shape[{n}]" for n in rows]
+    return ["admit", "enter", *(bucket.name for bucket in sorted(buckets)), *shapes, *samples]
 
 
 def _sequences(tokens: int, budget: Budget) -> Sequences:

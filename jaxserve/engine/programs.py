@@ -23,6 +23,7 @@ from jaxserve.engine.compilation import Counts, Shelf, compiler_options, prune
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
+from jaxserve.engine.shaping import EnterLayout, RowsLayout, Shaping, enter, shape
 from jaxserve.engine.step import KV, Slots, admit, forward, sample
 from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape, empty_pool
 
@@ -72,6 +73,7 @@ class Programs:
     ):
         self.shapes = shapes
         self.admit_layout = AdmitLayout(shapes.table_width)
+        self.enter_layout = EnterLayout(shapes.vocab)
         self.buckets = ladder(shapes, smallest_decode)
         self.warm = threading.Event()
         self.attention = model.kernels.attention
@@ -86,9 +88,12 @@ class Programs:
         pool = jax.tree.map(partial(self._abstract, spec=POOL_SPEC), shapes.pool.arrays)
         self._kv = [pool] * shapes.layers
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
+        shaping = Shaping.shapes(shapes.max_num_seqs, shapes.vocab)
+        self._shaping = jax.tree.map(self._abstract, shaping)
         facts = (model.config, model.kernels, shapes, self._options, self._weights)
         self._shelf = Shelf(devices, *facts) if _are_here(devices) else None
         self._forward: dict[Bucket, Any] = {}
+        self._shape: dict[int, Any] = {}
         self._sample: dict[tuple[int, Variant], Any] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
@@ -97,9 +102,10 @@ class Programs:
     def start(self) -> Iterator[None]:
         """Make what serves any request, while what is inside runs; then the rest in the background."""
         self._todo = iter(self._plan())
-        first = next(self._todo), next(self._todo), self._compile_admit, self._compile_empty
+        first = next(self._todo), next(self._todo), next(self._todo)
+        more = self._compile_admit, self._compile_enter, self._compile_empty
         with ThreadPoolExecutor(2, "compile") as threads:
-            jobs = [threads.submit(job) for job in first]
+            jobs = [threads.submit(job) for job in (*first, *more)]
             try:
                 yield
                 for job in jobs:
@@ -124,7 +130,7 @@ class Programs:
     @property
     def count(self) -> int:
         """Programs that are ready."""
-        return len(self._forward) + len(self._sample) + 1
+        return len(self._forward) + len(self._shape) + len(self._sample) + 2
 
     @property
     def bytes_on_disk(self) -> int:
@@ -133,8 +139,14 @@ class Programs:
 
     @property
     def ready(self) -> list[Bucket]:
-        """Buckets that can run: their rows can be sampled too."""
-        return [b for b in list(self._forward) if (b.seqs, "full") in self._sample]
+        """Buckets that can run: their rows can be shaped and sampled too."""
+        forward = list(self._forward)
+        return [b for b in forward if b.seqs in self._shape and (b.seqs, "full") in self._sample]
+
+    @property
+    def shaped(self) -> list[int]:
+        """Rows of the shape programs that are ready."""
+        return list(self._shape)
 
     @property
     def samples(self) -> list[tuple[int, Variant]]:
@@ -156,6 +168,9 @@ class Programs:
         )
         return min(fits)
 
+    def rows_layout(self, seqs: int) -> RowsLayout:
+        return RowsLayout(seqs, self.shapes.vocab)
+
     def layout(self, bucket: Bucket) -> StepLayout:
         return StepLayout(bucket, self.shapes.pool.block_size)
 
@@ -163,33 +178,41 @@ class Programs:
         """forward compiled for the bucket: (weights, kv, slots, packed) -> (kv, slots, logits, targets)."""
         return self._forward[bucket]
 
+    def shape(self, seqs: int) -> Any:
+        """shape for that many rows: (shaping, slots, logits, targets, rows) -> (shaping, logits)."""
+        return self._shape[seqs]
+
     def sample(self, seqs: int, variant: Variant) -> Any:
-        """sample for that many rows: (slots, logits, targets) -> (slots, sampled)."""
+        """sample for that many rows: (slots, logits, raw, targets) -> (slots, sampled)."""
         return self._sample.get((seqs, variant)) or self._sample[seqs, "full"]
 
-    def leave_out(self, program: Bucket | tuple[int, Variant]) -> None:
-        """Forget a program: another one serves in its place."""
-        table: dict[Any, Any] = self._forward if isinstance(program, Bucket) else self._sample
-        del table[program]
+    def leave_out(self, program: Bucket | int | tuple[int, Variant]) -> None:
+        """Forget a program (forward, shape or sample): another one serves in its place."""
+        tables: tuple[dict[Any, Any], ...] = self._forward, self._shape, self._sample
+        for table in tables:
+            table.pop(program, None)
 
     def compile_largest(self) -> None:
         """Compile the programs that take most memory, and no others: for a plan."""
         chunks, singles = max(self.buckets), max(b for b in self.buckets if b.tokens == b.seqs)
         for bucket in (chunks, singles):
             self._compile_forward(bucket)
+        self._compile_shape(singles.seqs)
         self._compile_sample(singles.seqs, "full")
 
     def temporaries(self) -> dict[str, int]:
         """Bytes that each program that is ready takes on a device beside weights, pool and slots, from the
         compiler's analysis. While logits are sampled, the next step's may be there already."""
         found = {bucket.name: _new(program) for bucket, program in list(self._forward.items())}
+        for rows, program in list(self._shape.items()):
+            found[f"shape[{rows}]"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
         for (rows, variant), program in list(self._sample.items()):
-            found[f"sample[{rows}] {variant}"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
+            found[f"sample[{rows}] {variant}"] = _new(program) + 3 * 4 * rows * self.shapes.vocab
         return found
 
-    def empty_state(self) -> tuple[KV, Slots]:
-        """A fresh pool and fresh slots on the devices."""
-        state: tuple[KV, Slots] = self._empty()
+    def empty_state(self) -> tuple[KV, Slots, Shaping]:
+        """A fresh pool, fresh slots and what shapes their logits, on the devices."""
+        state: tuple[KV, Slots, Shaping] = self._empty()
         return state
 
     def _plan(self) -> Iterator[Any]:
@@ -197,6 +220,7 @@ class Programs:
         for bucket in self.buckets:
             if (bucket.seqs, VARIANTS[0]) not in self._sample:
                 yield partial(self._compile_sample, bucket.seqs, VARIANTS[0])
+                yield partial(self._compile_shape, bucket.seqs)
             yield partial(self._compile_forward, bucket)
         for bucket in self.buckets:
             for variant in VARIANTS[1:]:
@@ -217,14 +241,19 @@ class Programs:
         self.warm.set()
 
     def _compile_empty(self) -> None:
-        state = (self._kv, self._slots)
+        state = (self._kv, self._slots, self._shaping)
         # held like the others: after a failed step the state is made anew, while requests wait
         attention = self._kernels.attention if self._mesh.size == 1 else "xla"
-        empty = partial(_empty, [self.shapes.pool] * self.shapes.layers, attention, self._slots)
+        empty = partial(_empty, [self.shapes.pool] * self.shapes.layers, attention, state[1:])
         self._empty = self._compile("empty", empty, out=_shardings(state), donate=())
 
     def _compile_admit(self) -> None:
         self.admit = self._compile("admit", admit, self._slots, self._array(self.admit_layout.size))
+
+    def _compile_enter(self) -> None:
+        layout = self.enter_layout
+        args = self._shaping, self._array(layout.size)
+        self.enter = self._compile("enter", partial(enter, layout.vocab), *args)
 
     def _compile_forward(self, bucket: Bucket) -> None:
         layout = self.layout(bucket)
@@ -234,9 +263,15 @@ class Programs:
         out = (*_shardings((self._kv, self._slots)), replicated, replicated)
         self._forward[bucket] = self._compile(bucket.name, step, *args, donate=(1, 2), out=out)
 
+    def _compile_shape(self, seqs: int) -> None:
+        logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
+        rows = self._array(seqs, 1 + self.rows_layout(seqs).words, dtype=jnp.uint32)
+        args = (self._shaping, self._slots, logits, self._array(seqs, 2), rows)
+        self._shape[seqs] = self._compile(f"shape {seqs}", shape, *args)
+
     def _compile_sample(self, seqs: int, variant: Variant) -> None:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
-        args = (self._slots, logits, self._array(seqs, 2))
+        args = (self._slots, logits, logits, self._array(seqs, 2))
         self._sample[seqs, variant] = self._compile(
             f"sample {seqs} {variant}", partial(sample, variant, self._kernels.sampler), *args
         )
@@ -275,9 +310,11 @@ def _new(program: Any) -> int:
     return size
 
 
-def _empty(pools: list[PoolShape], attention: Implementation, slots: Slots) -> tuple[KV, Slots]:
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), slots)
-    return [empty_pool(pool, attention) for pool in pools], zeros
+def _empty(
+    pools: list[PoolShape], attention: Implementation, state: tuple[Slots, Shaping]
+) -> tuple[KV, Slots, Shaping]:
+    slots, shaping = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    return [empty_pool(pool, attention) for pool in pools], slots, shaping
 
 
 def _shardings(state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.prefix_cache import Node
+from jaxserve.engine.rules import Rule
 from jaxserve.outputs import FinishReason
 
 
@@ -10,7 +11,7 @@ class Request:
 
     __slots__ = (
         *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
-        *("last_token_at", "preemptions", "queued_at", "rank", "scheduled_at", "slot", "spec"),
+        *("last_token_at", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "slot", "spec"),
     )
 
     def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
@@ -31,6 +32,8 @@ class Request:
         """Its first blocks that the prefix cache knows."""
         self.chain: Node = spec.cache_salt
         """Where the cache's next entry for it belongs."""
+        self.rules: list[Rule] = []
+        """Which tokens may not come."""
         self.finish_reason: FinishReason | None = None
         self.preemptions = 0
         self.queued_at = 0.0
@@ -43,6 +46,11 @@ class Request:
         return self.spec.id
 
     @property
+    def late(self) -> bool:
+        """Whether its next token can be chosen only once the host knows the last one."""
+        return bool(self.spec.logits_processors) or any(rule.late for rule in self.rules)
+
+    @property
     def known(self) -> int:
         """Tokens whose ids the host knows."""
         return len(self.spec.prompt) + len(self.output)
@@ -50,12 +58,17 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens so far, those still in flight included."""
-        return len(self.spec.prompt) + len(self.output) + self.inflight
+        return len(self.spec.prompt) + self.generated
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the output, those still in flight included."""
+        return len(self.output) + self.inflight
 
     @property
     def pending(self) -> int:
         """Tokens to compute before the next one can be sampled; 0 when its last one has been dispatched."""
-        output = len(self.output) + self.inflight
+        output = self.generated
         return 0 if output >= self.spec.max_tokens else len(self.spec.prompt) + output - self.computed
 
     def tokens(self, start: int, count: int) -> list[int]:

@@ -70,8 +70,12 @@ def sample(
     positions: jax.Array,
     variant: Variant,
     implementation: Implementation = "xla",
+    raw: jax.Array | None = None,
 ) -> Sampled:
-    """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have."""
+    """Tokens for float32 logits [R, vocab]; `positions` int32 [R] are those the tokens will have.
+
+    Logprobs are those of `raw`, the model's own logits, if these are others.
+    """
     if variant == "greedy":
         u = jnp.zeros_like(params.temperature)
         params = params._replace(temperature=u)
@@ -84,7 +88,9 @@ def sample(
         tokens = argmax(logits)
         if variant != "greedy":
             tokens = jnp.where(params.temperature > 0.0, _draw(logits, params, u), tokens)
-    return with_logprobs(logits, tokens, implementation) if variant == "full" else Sampled(tokens)
+    if variant != "full":
+        return Sampled(tokens)
+    return with_logprobs(logits if raw is None else raw, tokens, implementation)
 
 
 def _kernel(implementation: Implementation) -> Callable[..., jax.Array]:
@@ -171,11 +177,11 @@ def filtered(logits: jax.Array, params: RowParams) -> jax.Array:
     top_p = jnp.where(drawn, params.top_p, 1.0)
 
     def keep_top_k(floor: jax.Array) -> jax.Array:
-        return jnp.maximum(floor, _threshold(logits, jnp.ones_like(logits), top_k.astype(jnp.float32)))
+        return jnp.maximum(floor, mass_threshold(logits, jnp.ones_like(logits), top_k.astype(jnp.float32)))
 
     def keep_top_p(floor: jax.Array) -> jax.Array:
         kept = jnp.where(logits >= floor, weights, 0.0)
-        threshold = _threshold(logits, kept, top_p * kept.sum(axis=1))
+        threshold = mass_threshold(logits, kept, top_p * kept.sum(axis=1))
         # a row without top_p keeps its tail, which rounding could cut off, whoever shares the batch
         return jnp.where(top_p[:, None] < 1.0, jnp.maximum(floor, threshold), floor)
 
@@ -185,7 +191,7 @@ def filtered(logits: jax.Array, params: RowParams) -> jax.Array:
     return jnp.where(logits >= floor, weights, 0.0)
 
 
-def _threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def mass_threshold(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """float32 [R, 1]: the largest t for which the weights [R, V] of x >= t sum to at least target [R]."""
 
     def above(t: jax.Array) -> tuple[jax.Array, jax.Array]:

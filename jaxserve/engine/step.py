@@ -2,7 +2,9 @@
 
 admit(slots, packed)                 -> slots
 forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets)
-sample(slots, logits, targets)       -> (slots, sampled)
+sample(slots, logits, raw, targets)  -> (slots, sampled)
+
+Between the last two some rows' logits are changed (shaping.py).
 """
 
 from collections.abc import Callable
@@ -90,10 +92,18 @@ def forward(
 
 
 def sample(
-    variant: Variant, implementation: Implementation, slots: Slots, logits: jax.Array, targets: jax.Array
+    variant: Variant,
+    implementation: Implementation,
+    slots: Slots,
+    logits: jax.Array,
+    raw: jax.Array,
+    targets: jax.Array,
 ) -> tuple[Slots, jax.Array]:
-    """Choose each row's token and remember it in the row's slot. What was chosen comes as `Sampled.pack`."""
+    """Choose each row's token and remember it in the row's slot. What was chosen comes as `Sampled.pack`.
+
+    `raw`: the model's own logits, where a request changed them.
+    """
     target, position = targets[:, 0], targets[:, 1]
     params = RowParams(*(value[target] for value in slots.params))
-    sampled = choose(logits, params, position, variant, implementation)
+    sampled = choose(logits, params, position, variant, implementation, raw)
     return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled.pack()

@@ -74,6 +74,8 @@ class OutputProcessor:
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
         check_token_ids(prompt_token_ids, self._vocab_size, "prompt")
         check_token_ids(params.stop_token_ids or (), self._vocab_size, "stop_token_ids")
+        check_token_ids(params.allowed_token_ids or (), self._vocab_size, "allowed_token_ids")
+        check_token_ids(list(params.logit_bias or ()), self._vocab_size, "logit_bias")
         _refuse_not_yet(params)
         if params.priority and not self._priorities:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
@@ -98,6 +100,14 @@ class OutputProcessor:
                 top_p=params.top_p,
                 top_k=params.top_k,
                 min_p=params.min_p,
+                typical_p=params.typical_p,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                repetition_penalty=params.repetition_penalty,
+                logit_bias=params.logit_bias or {},
+                allowed_token_ids=params.allowed_token_ids or [],
+                min_tokens=params.min_tokens,
+                logits_processors=params.logits_processors,
                 seed=params.seed,
                 sample_index=i,
                 grammar=grammar,
@@ -196,17 +206,9 @@ class OutputProcessor:
 
 _NOT_YET = {
     "best_of": None,
-    "typical_p": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logit_bias": None,
-    "allowed_token_ids": None,
     "bad_words": None,
-    "min_tokens": 0,
     "prompt_logprobs": None,
     "structured_outputs": None,
-    "logits_processors": None,
     "truncate_prompt_tokens": None,
     "spaces_between_special_tokens": True,
 }

@@ -96,6 +96,10 @@ def _compile(programs: Programs, steps: tuple[str, ...], dump: Dump) -> Iterator
         dump.clear()
         programs._compile_sample(rows, variant)
         yield f"sample[{rows}] {variant}", programs.sample(rows, variant)
+    for rows in singles:
+        dump.clear()
+        programs._compile_shape(rows)
+        yield f"shape[{rows}]", programs.shape(rows)
     dump.clear()
     programs._compile_admit()
     yield "admit", programs.admit

@@ -66,7 +66,7 @@ def logits(core: EngineCore) -> list[float]:
     step["update_slot"][:blocks] = 0
     step["update_index"][:blocks] = range(blocks)
     step["update_block"][:blocks] = range(1, blocks + 1)
-    kv, slots = programs.empty_state()
+    kv, slots, _ = programs.empty_state()
     _, _, found, _ = programs.forward(bucket)(core.model.weights, kv, slots, packed)
     return np.asarray(found)[0].tolist()
 
@@ -84,7 +84,9 @@ def program(core: EngineCore, bucket: Bucket) -> dict[str, Any]:
         "tokens": bucket.tokens,
         "seqs": bucket.seqs,
         "collectives": collectives(compiled.as_text()),
-        "collectives_of_sample": collectives(core._programs.sample(bucket.seqs, "full").as_text()),
+        "collectives_of_sample": collectives(
+            core._programs.sample(bucket.seqs, "full").as_text() + core._programs.shape(bucket.seqs).as_text()
+        ),
         "temporary_bytes": memory.temp_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
     }

@@ -138,11 +138,11 @@ def test_a_program_with_other_bits_is_left_out_and_the_answers_stay_right(
 def test_a_sample_program_with_other_bits_is_left_out(model_dir, untouched, monkeypatch, variant):
     real = programs.sample
 
-    def planted(kind, implementation, slots, logits, targets):
+    def planted(kind, implementation, slots, logits, raw, targets):
         if kind == variant and logits.shape[0] == 2:
             # the least that shows: a digit of the logprobs, or another token
-            logits = nudged(logits) if kind == "full" else logits[:, ::-1]
-        return real(kind, implementation, slots, logits, targets)
+            logits, raw = (nudged(raw), nudged(raw)) if kind == "full" else (logits[:, ::-1], raw)
+        return real(kind, implementation, slots, logits, raw, targets)
 
     monkeypatch.setattr(programs, "sample", planted)
     with Engine(str(model_dir), dtype="float32", **options(**ENGINES["wide"])) as engine:

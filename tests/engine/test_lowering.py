@@ -71,13 +71,15 @@ def lowered(family: str, platform: str, shards: int, kv: str = "auto") -> tuple[
         programs.platform = platform
         programs.compile_largest()
         programs._compile_admit()
+        programs._compile_enter()
         programs._compile_empty()
         rows = programs.shapes.max_num_seqs
         for variant in VARIANTS:
             programs._compile_sample(rows, variant)
     texts = {bucket.name.partition("[")[0]: text for bucket, text in programs._forward.items()}
     texts |= {variant: programs._sample[rows, variant] for variant in VARIANTS}
-    return programs, texts | {"admit": programs.admit, "empty": programs._empty}
+    texts |= {"admit": programs.admit, "enter": programs.enter, "shape": programs.shape(rows)}
+    return programs, texts | {"empty": programs._empty}
 
 
 @pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
@@ -120,9 +122,19 @@ def test_slots_are_donated_and_written_in_place(step, kind):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
+@pytest.mark.parametrize("kind", ["enter", "shape"])
+def test_counts_of_tokens_are_donated_and_written_in_place(step, kind):
+    programs, texts = lowered(*step)
+    seqs, vocab = programs.shapes.max_num_seqs, programs.shapes.vocab
+    [place] = aliases(texts[kind], f"{seqs + 1}x{vocab}xui16")
+    assert place is not None
+
+
+@pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
 def test_only_the_search_for_a_threshold_loops_when_tokens_are_chosen(step):
     _, texts = lowered(*step)
     found = {variant: count(texts[variant], r"stablehlo\.while") for variant in VARIANTS}
+    assert count(texts["shape"], r"stablehlo\.while") == 1
     assert found == LOOPS[step[1]]
     kernels = {count(texts[variant], r"custom_call @\S*triton") for variant in VARIANTS}
     assert kernels == {1 if step[1] == "cuda" else 0}

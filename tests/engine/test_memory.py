@@ -246,8 +246,8 @@ def test_weights_are_counted_as_they_are_loaded(model_dir):
     with Engine(str(model_dir), **options) as engine:
         (core,) = engine._cores
         assert core.budget.weights == sum(w.nbytes for w in core.model.weights)
-        slots = sum(x.nbytes for x in jax.tree.leaves(core._slots))
-        assert core.budget.state == pytest.approx(slots, rel=0.1)
+        state = sum(x.nbytes for x in jax.tree.leaves((core._slots, core._chooser.shaping)))
+        assert core.budget.state == pytest.approx(state, rel=0.1)
 
 
 @pytest.mark.parametrize("pool", [100_000, 8_192])

@@ -116,7 +116,7 @@ def test_a_call_that_fails_on_the_device_costs_only_the_requests_of_its_step(
     for pause in (0, 3, 9, 14):
         for _ in range(pause):
             load.step()
-        jax.block_until_ready([flight.done for flight in core._flights])
+        jax.block_until_ready([flight.targets for flight in core._flights])
         engine.fail_after(CALLS_PER_STEP + layer)  # not in the next step, but in the one after it
         at = len(steps) + 1
         told = len(load.errors)
@@ -165,7 +165,7 @@ def test_a_step_that_the_one_before_it_spoiled_is_not_to_blame(engine, undisturb
     monkeypatch.setattr(engine.core._programs, "forward", forward)
     while not engine.core._scheduler.waiting or len(steps) < 4:
         load.step()
-    jax.block_until_ready(engine.core._flights[-1].done)
+    jax.block_until_ready(engine.core._flights[-1].targets)
     engine.fail_after(0)
     at = len(steps)
     load.step()

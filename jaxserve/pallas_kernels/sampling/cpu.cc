@@ -90,13 +90,13 @@ struct Row {
   }
 };
 
-// to[i] = e^((logit - top) * slope), and zeros up to whole registers. The largest is 1.
+// to[i] = e^((logit - top) * slope), and zeros up to whole registers. The largest is 1; -infinity gives exactly 0.
 void exponentials(const Row& row, float slope, std::vector<float>& to) {
   to.resize((row.vocab + kGroup - 1) / kGroup * kGroup);
   for (int64_t i = 0; i < row.vocab; i += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, row.vocab - i);
     const Floats x = count < kLanes ? load_some(row.logits + i, count) : load(row.logits + i);
-    store(&to[i], exp2(larger((x - row.top) * (slope * kLog2E), broadcast(-127.0f))));
+    store(&to[i], exp2(larger((x - row.top) * (slope * kLog2E), broadcast(-200.0f))));
   }
   std::fill(to.begin() + row.vocab, to.end(), 0.0f);
 }

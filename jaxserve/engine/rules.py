@@ -1,0 +1,91 @@
+"""What a request forbids from the host: rules that clear bits in a row's mask of tokens that may come."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.engine.messages import CoreRequest
+
+Words = NDArray[np.uint32]
+"""A mask: bit i of word w is set where token 32 w + i may come."""
+
+
+class Rule(Protocol):
+    late: bool
+    """It depends on the tokens before, which must be read first."""
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        """Clear the bits of what may not be the output's token number `place`. `output` are the tokens that
+        the host knows: for a late rule all before that place."""
+
+
+def rules_of(spec: CoreRequest, vocab: int) -> list[Rule]:
+    """Those of a request of a model with `vocab` logits."""
+    rules: list[Rule] = []
+    if spec.allowed_token_ids:
+        rules.append(Only(_words(spec.allowed_token_ids, vocab)))
+    if spec.min_tokens and spec.stop_token_ids:
+        rules.append(Not(_words(spec.stop_token_ids, vocab), until=spec.min_tokens))
+    if single := [words[0] for words in spec.bad_words if len(words) == 1]:
+        rules.append(Not(_words(single, vocab)))
+    if longer := [words for words in spec.bad_words if len(words) > 1]:
+        rules.append(NotAfter(longer))
+    return rules
+
+
+class Only:
+    """`allowed_token_ids`."""
+
+    late = False
+
+    def __init__(self, allowed: Words):
+        self._allowed = allowed
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        mask &= self._allowed
+
+
+class Not:
+    """Tokens that may not come, or not `until` there are so many: `bad_words` of one token, `min_tokens`."""
+
+    late = False
+
+    def __init__(self, tokens: Words, until: int | None = None):
+        self._others = ~tokens
+        self._until = until
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        if self._until is None or place < self._until:
+            mask &= self._others
+
+
+class _Ban(NamedTuple):
+    before: list[int]
+    token: int
+
+
+class NotAfter:
+    """`bad_words` of several tokens: the last may not come after the others."""
+
+    late = True
+
+    def __init__(self, sequences: Iterable[list[int]]):
+        self._bans: defaultdict[int, list[_Ban]] = defaultdict(list)
+        for *before, token in sequences:
+            self._bans[before[-1]].append(_Ban(before, token))
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        for ban in self._bans.get(output[-1], ()) if output else ():
+            if output[-len(ban.before) :] == ban.before:
+                mask[ban.token // 32] &= ~np.uint32(1 << ban.token % 32)
+
+
+def _words(tokens: Sequence[int], vocab: int) -> Words:
+    """The mask of these tokens."""
+    words = np.zeros((vocab + 31) // 32, np.uint32)
+    ids = np.asarray(tokens)
+    np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+    return words
