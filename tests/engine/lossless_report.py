@@ -25,10 +25,18 @@ AXES: dict[str, list[Any]] = {
 }
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8, "num_blocks": 200}
 LONGEST = 90 + 10
+SHAPED: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.5},
+    {"presence_penalty": 1.0, "logit_bias": {70: 3.0, 71: -4.0}},
+    {"allowed_token_ids": list(range(60, 160)), "typical_p": 0.8},
+    {"stop_token_ids": list(range(6, 90)), "min_tokens": 6},
+]
+"""What changes logits before a token is chosen."""
 
 
 def workload() -> list[tuple[list[int], SamplingParams]]:
-    """Prompts that begin alike and that do not, greedy and sampled, some several times (n > 1)."""
+    """Prompts that begin alike and that do not, greedy and sampled, shaped, some several times (n > 1)."""
     rng = random.Random(5)
     shared = [rng.randrange(6, 250) for _ in range(48)]
     requests = []
@@ -44,6 +52,7 @@ def workload() -> list[tuple[list[int], SamplingParams]]:
             logprobs=[None, 0, 3][i % 3],
             max_tokens=10,
             ignore_eos=True,
+            **SHAPED[i % len(SHAPED)],
         )
         requests.append((prompt, params))
     return requests

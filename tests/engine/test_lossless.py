@@ -1,4 +1,4 @@
-"""Prefix cache, chunks, overlap, preemption, order, n > 1, mesh: none of them changes what a request gets."""
+"""Caching, chunks, overlap, preemption, order, shaped logits, meshes: a request gets what it gets alone."""
 
 import json
 import os
