@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from jaxserve.engine.guide import Guide
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.request import Request
 from jaxserve.engine.sampling import Variant
@@ -25,6 +26,7 @@ class Chooser:
         self._programs = programs
         self._refuse = refuse
         self._on_host = on_host
+        self._guide = Guide(refuse)
 
     def enter(self, request: Request) -> None:
         """Tell the device about a request that has got a slot, or tokens that it has not sampled."""
@@ -59,16 +61,20 @@ class Chooser:
         asking = [
             (row, chunk.request)
             for row, chunk in enumerate(chunks)
-            if chunk.samples and (chunk.request.rules or is_shaped(chunk.request.spec))
+            if chunk.samples and not chunk.request.finish_reason and _asks(chunk.request)
         ]
         if not asking:
             return None
         packed, here, masks = self._programs.rows_layout(seqs).empty()
+        self._guide.fill(asking, masks)
         for row, request in asking:
             here[row] = is_shaped(request.spec)
+            mask = masks[row].copy()
             for rule in request.rules:
-                rule.narrow(masks[row], request.output, request.generated - 1)
-            if not masks[row].any():
+                rule.narrow(mask, request.output, request.generated - 1)
+            if mask.any():
+                masks[row] = mask
+            elif request.matcher is None:  # or what the grammar says holds
                 masks[row] = 2**32 - 1
                 told = "allowed_token_ids, bad_words and min_tokens together leave no token that may come"
                 self._refuse(request, InvalidRequest(told, "allowed_token_ids"))
@@ -103,3 +109,8 @@ def variant_of(chunks: Sequence[Chunk]) -> Variant | None:
     if any(spec.logprobs is not None for spec in specs):
         return "full"
     return "random" if any(spec.temperature > 0 for spec in specs) else "greedy"
+
+
+def _asks(request: Request) -> bool:
+    """Whether its logits are shaped."""
+    return bool(request.rules or request.matcher) or is_shaped(request.spec)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
 from jaxserve.engine.choosing import Chooser
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
+from jaxserve.engine.grammar.matcher import GrammarFailed, Matcher
+from jaxserve.engine.guide import failure, jumps
+from jaxserve.engine.held import Held, load_vocabulary
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
 from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
@@ -45,6 +49,10 @@ MAX_FAILED_STEPS = 3
 BUSY = 0.05
 """Seconds between pieces of memory that are taken while requests are there: at full speed steps would take
 eight times as long."""
+
+
+HELD_SECONDS = 0.01
+"""How long a step waits for a grammar at most, while messages wait for the step."""
 
 
 class Flight(NamedTuple):
@@ -98,6 +106,7 @@ class EngineCore:
                 self.model.fill(config.seed)
             else:
                 self.model.load(checkpoint)
+        self._held = Held(partial(load_vocabulary, config, self.shapes.vocab, checkpoint.eos_token_ids))
         del checkpoint  # and with it the files that are mapped
         self._on_host = platform.name == "cpu"
         self._chooser = Chooser(self._programs, self._refuse, self._on_host)
@@ -120,7 +129,7 @@ class EngineCore:
         self._seed = config.seed if config.deterministic else None
         """Of requests without one, whatever their order; None: each gets another."""
         self._refused: list[CoreOutput] = []
-        self._tokens = {"prompt": 0, "generation": 0, "padding": 0}
+        self._tokens = {"prompt": 0, "generation": 0, "forced": 0, "padding": 0}
         self._step_stats = StepStats()
         self._begin_to_arrange()
 
@@ -161,29 +170,40 @@ class EngineCore:
         if request.seed is None:
             request.seed = self._random.getrandbits(64) if self._seed is None else self._seed
         now = time.monotonic()
+        if request.grammar is None:
+            self._queue(request, now)
+        else:
+            self._held.add(request, now)
+
+    def _queue(self, request: CoreRequest, came: float, matcher: Matcher | None = None) -> None:
         try:
-            added = self._scheduler.add(request, now)
-            added.queued_at = now
+            added = self._scheduler.add(request, came)
+            added.queued_at = came
             added.rules = rules_of(request, self.shapes.vocab)
+            if matcher is not None:
+                added.matcher = matcher
+                # an end that the grammar allows is one, whatever `ignore_eos` says
+                request.stop_token_ids = list(dict.fromkeys([*request.stop_token_ids, *matcher.eos_ids]))
         except (ValueError, QueueFull) as error:
             self._refused.append(_refusal(request.id, error))
         else:
             if self._scheduler.unfinished == 1:
                 self._step_stats.idle(None)  # those before it are gone
-            self._note_idle(now)
+            self._note_idle(time.monotonic())
 
     def abort(self, id: str, keep: int | None = None) -> None:
         """End a sequence; its blocks are free at once. Nothing happens for an unknown id."""
+        self._held.abort(id)
         if request := self._scheduler.get(id):
             self._scheduler.finish(request, "abort" if keep is None else "stop")
 
     @property
     def unfinished(self) -> int:
         """Sequences that wait or run."""
-        return self._scheduler.unfinished
+        return self._scheduler.unfinished + len(self._held)
 
     def has_unfinished(self) -> bool:
-        return bool(self._scheduler.unfinished or self._flights or self._refused)
+        return bool(self.unfinished or self._flights or self._refused)
 
     def step(self) -> list[CoreOutput]:
         """Dispatch the next step and read the one before it; what that one added to its sequences.
@@ -191,6 +211,7 @@ class EngineCore:
         Raises EngineDied when `MAX_FAILED_STEPS` in a row have failed, and what the device raises when not
         even an empty pool can be made.
         """
+        self._release()
         outputs = self._take_refused()
         with self._compiles.request_path():
             schedule = self._scheduler.schedule(self._programs.limits)
@@ -212,11 +233,21 @@ class EngineCore:
         refused, self._refused = self._refused, []
         return refused
 
+    def _release(self) -> None:
+        """Queue those whose grammar is there; wait a moment for one while there is nothing else to do."""
+        if len(self._held) and not (self._scheduler.unfinished or self._flights or self._refused):
+            self._held.wait(HELD_SECONDS)
+        for request, came, matcher in self._held.take():
+            if isinstance(matcher, BaseException):
+                self._refused.append(_refusal(request.id, matcher))
+            else:
+                self._queue(request, came, matcher)
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges since start."""
         return {
             "running": len(self._scheduler.running),
-            "waiting": len(self._scheduler.waiting),
+            "waiting": len(self._scheduler.waiting) + len(self._held),
             "blocks_used": self._pool.used,
             "blocks_total": self._pool.capacity,
             "block_size": self._pool.block_size,
@@ -226,6 +257,7 @@ class EngineCore:
             "prefix_cache_hits": self._pool.cache.hits,
             "prompt_tokens": self._tokens["prompt"],
             "generation_tokens": self._tokens["generation"],
+            "forced_tokens": self._tokens["forced"],
             "padding_tokens": self._tokens["padding"],
             "programs": self._programs.count,
             "programs_certified": 0 if self._seed is None else self._programs.count,
@@ -252,6 +284,7 @@ class EngineCore:
     def close(self) -> None:
         """Stop compiling and let go of the device's memory."""
         self._moved.set()
+        self._held.close()
         self._programs.close()
         self._flights.clear()
         self._kv, self.model.weights = [], []
@@ -345,13 +378,18 @@ class EngineCore:
                 request.inflight -= 1
                 continue
             token, spec = tokens[row], request.spec
-            reason = append(request, token)
-            output = CoreOutput(id=spec.id, token_ids=[token], finish_reason=reason)
+            try:
+                reason = append(request, token)
+                taken = [token] if reason else [token, *self._jump(request)]
+            except GrammarFailed as error:
+                self._refuse(request, failure(request, error))
+                continue
+            output = CoreOutput(id=spec.id, token_ids=taken, finish_reason=request.finish_reason)
             if spec.logprobs is not None:
                 output.logprobs = [_logprobs(host, row, spec.logprobs)]
-            if reason == "stop":
-                output.stop_token = token
-            if len(request.output) == 1:
+            if taken[-1] in spec.stop_token_ids:
+                output.stop_token = taken[-1]
+            if len(request.output) == len(taken):
                 self._tokens["prompt"] += len(spec.prompt)
                 output.cached_tokens = request.cached
                 output.times = (request.queued_at, request.scheduled_at or now)
@@ -359,9 +397,23 @@ class EngineCore:
                 gaps.append(now - request.last_token_at)
             request.last_token_at = now
             outputs.append(output)
-        self._tokens["generation"] += len(outputs)
+        self._tokens["generation"] += sum(len(output.token_ids) for output in outputs)
         self._step_stats.gaps(gaps)
         return outputs
+
+    def _jump(self, request: Request) -> list[int]:
+        """Take the tokens that the request's grammar leaves no choice about; the step under way that would
+        sample the first of them does not."""
+        if request.matcher is None or not jumps(request) or not (forced := request.matcher.forced()):
+            return []
+        taken = self._scheduler.extend(request, forced)
+        self._tokens["forced"] += len(taken)
+        for flight in self._flights:
+            for row, chunk in enumerate(flight.chunks):
+                if chunk.request is request and chunk.samples:
+                    flight.chunks[row] = chunk._replace(samples=False)
+                    request.inflight -= 1
+        return taken
 
     def _recover(self, failed: list[Chunk], error: Exception) -> list[CoreOutput]:
         """After a failed step: its donated buffers are gone. Its requests end with the error, pool and
@@ -392,7 +444,7 @@ class EngineCore:
         return outputs
 
 
-def _refusal(id: str, error: Exception) -> CoreOutput:
+def _refusal(id: str, error: BaseException) -> CoreOutput:
     """The answer to a request that is not served."""
     code: ErrorCode | None = None
     if isinstance(error, QueueFull):

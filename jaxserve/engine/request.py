@@ -1,9 +1,14 @@
 """The state of one sequence from arrival to its last token."""
 
+from typing import TYPE_CHECKING
+
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.prefix_cache import Node
-from jaxserve.engine.rules import Rule
 from jaxserve.outputs import FinishReason
+
+if TYPE_CHECKING:
+    from jaxserve.engine.grammar.matcher import Matcher
+    from jaxserve.engine.rules import Rule
 
 
 class Request:
@@ -11,7 +16,8 @@ class Request:
 
     __slots__ = (
         *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
-        *("last_token_at", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "slot", "spec"),
+        *("last_token_at", "matcher", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "slot"),
+        "spec",
     )
 
     def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
@@ -34,6 +40,8 @@ class Request:
         """Where the cache's next entry for it belongs."""
         self.rules: list[Rule] = []
         """Which tokens may not come."""
+        self.matcher: Matcher | None = None
+        """Its place in its grammar, after all of `output`."""
         self.finish_reason: FinishReason | None = None
         self.preemptions = 0
         self.queued_at = 0.0
@@ -48,7 +56,8 @@ class Request:
     @property
     def late(self) -> bool:
         """Whether its next token can be chosen only once the host knows the last one."""
-        return bool(self.spec.logits_processors) or any(rule.late for rule in self.rules)
+        spec = self.spec
+        return bool(spec.grammar or spec.logits_processors) or any(rule.late for rule in self.rules)
 
     @property
     def known(self) -> int:

@@ -144,13 +144,30 @@ class Scheduler:
         return Schedule(chunks, [chunk.request for chunk in admitted])
 
     def append(self, request: Request, token: int) -> FinishReason | None:
-        """Take a token that a step sampled for the request; the reason if it is the last one."""
+        """Take a token that a step sampled for the request; the reason if it is the last one.
+
+        Raises GrammarFailed.
+        """
         request.inflight -= 1
-        if request.finish_reason is not None:
-            return None
+        return None if request.finish_reason is not None else self._take(request, token)
+
+    def extend(self, request: Request, tokens: Sequence[int]) -> list[int]:
+        """Take tokens that nothing samples, up to the request's last one; those that were taken.
+
+        Raises GrammarFailed.
+        """
+        for count, token in enumerate(tokens, 1):
+            if self._take(request, token) is not None:
+                return list(tokens[:count])
+        return list(tokens)
+
+    def _take(self, request: Request, token: int) -> FinishReason | None:
+        if request.matcher is not None:
+            request.matcher.take(token)
         request.output.append(token)
         self._commit(request)
-        if token in request.spec.stop_token_ids:
+        complete = request.matcher is not None and request.matcher.finished
+        if complete or token in request.spec.stop_token_ids:
             self.finish(request, "stop")
         elif len(request.output) >= request.spec.max_tokens:
             self.finish(request, "length")

@@ -208,7 +208,6 @@ _NOT_YET = {
     "best_of": None,
     "bad_words": None,
     "prompt_logprobs": None,
-    "structured_outputs": None,
     "truncate_prompt_tokens": None,
     "spaces_between_special_tokens": True,
 }
@@ -216,10 +215,8 @@ _NOT_YET = {
 
 def _refuse_not_yet(params: SamplingParams) -> None:
     for name, nothing in _NOT_YET.items():
-        value = getattr(params, name)
-        if value not in (nothing, [], {}):
-            param = getattr(value, "param", name)  # of a constraint: the field that the client wrote
-            raise InvalidRequest(f"{param} is not supported yet", param, "unsupported_field")
+        if getattr(params, name) not in (nothing, [], {}):
+            raise InvalidRequest(f"{name} is not supported yet", name, "unsupported_field")
 
 
 def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:

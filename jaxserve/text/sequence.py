@@ -51,7 +51,7 @@ class OutputSequence:
             self.metrics.queued_ts, self.metrics.scheduled_ts = out.times
             self.metrics.first_token_ts = now
         self.metrics.last_token_ts = now
-        stop_token = out.token_ids[-1] if out.finish_reason == "stop" and out.token_ids else None
+        stop_token = out.stop_token
         last = len(out.token_ids) - 1
         for i, token in enumerate(out.token_ids):
             self.metrics.num_generation_tokens += 1

@@ -90,7 +90,7 @@ class FakeCore:
     def stats(self):
         counted = ("waiting", "blocks_used", "preemptions", "programs", "compiles_on_request_path")
         counted += ("prefix_cache_queries", "prefix_cache_hits")
-        counted += ("prompt_tokens", "generation_tokens", "padding_tokens")
+        counted += ("prompt_tokens", "generation_tokens", "forced_tokens", "padding_tokens")
         counted += ("compile_cache_hits", "compile_cache_misses")
         return dict.fromkeys(counted, 0) | {
             "running": len(self.running),

@@ -96,7 +96,11 @@ CHAT = [
     ({"include_reasoning": 1}, "include_reasoning"),
     ({"reasoning_effort": "utmost"}, "reasoning_effort"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+        "response_format.json_schema.schema#/not",
+    ),
+    ({"structured_outputs": {"json": {"items": {"format": "x"}}}}, "structured_outputs.json#/items/format"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format"),
     ({"response_format": {}}, "response_format"),
     ({"response_format": "json"}, "response_format"),

@@ -30,7 +30,9 @@ def generate(proc, ids, params, last="length", chunk=1):
     shown, aborts = [], []
     for at in range(0, len(ids), chunk):
         part, end = ids[at : at + chunk], at + chunk >= len(ids)
-        step = [CoreOutput(id=core.id, token_ids=part, finish_reason=last if end else None) for core in cores]
+        reason = last if end else None
+        stopped = part[-1] if reason == "stop" else None
+        step = [CoreOutput(id=c.id, token_ids=part, finish_reason=reason, stop_token=stopped) for c in cores]
         outputs, ended = proc.process(step)
         shown += outputs
         aborts += ended
@@ -233,6 +235,12 @@ class TestStop:
         result = output.outputs[0]
         assert (result.text, result.token_ids) == ("the", ids)
         assert (result.finish_reason, result.stop_reason) == ("stop", None)
+
+    def test_a_text_that_is_complete_has_its_last_token(self, tok):
+        proc, ids = processor(tok), tok.encode("the fox")
+        (core,) = proc.add("r", "p", [5, 6], SamplingParams(output_kind="final"))
+        [output], _ = proc.process([CoreOutput(id=core.id, token_ids=ids, finish_reason="stop")])
+        assert output.outputs[0].text == "the fox" and output.outputs[0].stop_reason is None
 
     @pytest.mark.parametrize("include", [False, True])
     def test_stop_token(self, tok, include):

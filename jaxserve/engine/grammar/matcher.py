@@ -61,6 +61,11 @@ class Matcher:
         self.check()
         return bool(taken)
 
+    def take(self, token: int) -> None:
+        """Go on by a token that was sampled, or forced. Raises GrammarFailed."""
+        if not self.accept(token):
+            raise GrammarFailed(f"token {token} came, which the grammar does not allow")
+
     def rollback(self, n: int) -> None:
         """Take back the last n tokens. Raises ValueError for more than were accepted."""
         if n and self._ended:

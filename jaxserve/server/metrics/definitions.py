@@ -37,6 +37,7 @@ REPLICA = (
     Family("programs", "gauge", "compiled programs that are ready", "programs"),
     _same("prompt_tokens", "counter", "tokens of prompts, once their first token is out", "prompt_tokens"),
     _same("generation_tokens", "counter", "tokens generated", "generation_tokens"),
+    Family("forced_tokens", "counter", "of these, those that a grammar forced", "forced_tokens"),
     _same("num_preemptions", "counter", "sequences that were put back to be recomputed", "preemptions"),
     Family(
         "prefix_cache_queries",
