@@ -134,15 +134,16 @@ class Engine:
             ),
             continue_final_message=continue_final_message,
         )
-        texts = []
-        for i, conversation in enumerate(many):
+        prompts, settled = [], []
+        for i, (conversation, wanted) in enumerate(zip(many, each, strict=True)):
             with nullcontext() if one else renamed({"messages": f"messages[{i}]"}):
-                texts.append(render(conversation))
-        encode = partial(self.tokenizer.encode, add_special_tokens=False)
-        parser = partial(self._formats.parser, self.tokenizer, use)
-        prompts = (Tokenized(text, encode(text), make_parser=parser(text)) for text in texts)
+                text = render(conversation)
+            make_parser, kept = self._formats.reading(self.tokenizer, use, text, wanted)
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            prompts.append(Tokenized(text, encoded, "", make_parser))
+            settled.append(kept)
         with renamed({"prompt": "messages"}):
-            return self._complete(prompts, each, use_progress)
+            return self._complete(prompts, settled, use_progress)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None

@@ -34,7 +34,7 @@ def run(tok, ids, kind="delta", formats=None, prompt="", **params):
     formats = formats or Formats.choose("mistral", "qwen3", "", None)
     proc = OutputProcessor(tok, [1], max_model_len=1000)
     wanted = SamplingParams(max_tokens=500, output_kind=kind, **params)
-    (core,) = proc.add("r", "p", [5, 6], wanted, make_parser=formats.parser(tok, USE, prompt))
+    (core,) = proc.add("r", "p", [5, 6], wanted, make_parser=reader(formats, tok, USE, prompt))
     events, reasoning, text = [], 0, ""
     for i, token in enumerate(ids):
         end = "length" if i == len(ids) - 1 else None
@@ -47,6 +47,10 @@ def run(tok, ids, kind="delta", formats=None, prompt="", **params):
             else:
                 events, reasoning, text = sequence.events, sequence.reasoning_tokens, sequence.text
     return merged(events), reasoning, text
+
+
+def reader(formats, tok, use, prompt=""):
+    return formats.reading(tok, use, prompt, SamplingParams())[0]
 
 
 def shown(events):
@@ -94,8 +98,8 @@ def test_stop_strings_come_first_whatever_they_hold_back(tok, cut, stop):
 
 def test_without_tools_and_reasoning_there_is_no_parser(tok):
     formats = Formats.choose("mistral", "auto", "mistral", "tools")
-    assert formats.parser(tok, ToolUse(), "") is None
-    assert formats.parser(tok, to_struct({"tools": USE.tools, "tool_choice": "none"}, ToolUse), "") is None
+    assert reader(formats, tok, ToolUse(), "") is None
+    assert reader(formats, tok, to_struct({"tools": USE.tools, "tool_choice": "none"}, ToolUse), "") is None
     proc = OutputProcessor(tok, [1], max_model_len=100)
     (core,) = proc.add("r", "p", [5], SamplingParams(output_kind="final"))
     ((output,), _) = proc.process([CoreOutput(id=core.id, token_ids=[40], finish_reason="stop")])
@@ -107,5 +111,5 @@ def test_the_names_of_parsers():
     with pytest.raises(ConfigError, match="unknown tool parser 'hermse'"):
         Formats.choose("hermse", "auto", "", None)
     with pytest.raises(InvalidRequest) as error:
-        Formats.choose("none", "none", "", None).parser(None, USE, "")
+        reader(Formats.choose("none", "none", "", None), None, USE)
     assert error.value.param == "tools"

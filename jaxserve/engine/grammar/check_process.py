@@ -89,7 +89,7 @@ def reason(error: str) -> str:
 
 def located(vocabulary: Any, text: str, error: str) -> str | None:
     """The JSON pointer of the smallest subschema that fails for the same reason by itself."""
-    (grammar,) = json.loads(text)["grammars"]
+    *_, grammar = json.loads(text)["grammars"]
     root = grammar.get("json_schema")
     if root is None:
         return None

@@ -26,12 +26,14 @@ BLANKS = rf"(?:(?:{BLANK}|\[{BLANK}+\])(?:\?|\{{\d(?:,\d)?\}})?){{0,4}}"
 
 class Constraint(msgspec.Struct, frozen=True):
     """One request's. `param` is the field that the client wrote, `whitespace` the pattern of what may stand
-    between the tokens of JSON; None: a space after a comma and a colon, or none."""
+    between the tokens of JSON; None: a space after a comma and a colon, or none. `within`: a structural tag's
+    format in which `{"type": "output"}` stands for the constraint; None: it is the whole output's."""
 
     kind: Kind
     value: Any
     param: str
     whitespace: str | None = None
+    within: dict[str, Any] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

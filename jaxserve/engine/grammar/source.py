@@ -36,7 +36,7 @@ def grammar(constraint: Constraint, special: Mapping[str, int]) -> Grammar:
     """
     param = constraint.param
     try:
-        grammars = {"grammars": [_grammar(constraint, special)]}
+        grammars = {"grammars": _grammars(constraint, special)}
         text = json.dumps(grammars, ensure_ascii=False, separators=(",", ":"))
         text.encode()
     except RecursionError:
@@ -47,6 +47,15 @@ def grammar(constraint: Constraint, special: Mapping[str, int]) -> Grammar:
     if len(text) > LONGEST_TEXT:
         raise InvalidRequest(f"{param} has {len(text)} characters; at most {LONGEST_TEXT}", param)
     return Grammar(text, param)
+
+
+def _grammars(constraint: Constraint, special: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The last is the constraint itself."""
+    own = _grammar(constraint, special)
+    if constraint.within is None:
+        return [own]
+    around = structural_tag.around(constraint.within, special, "@output")
+    return [{"lark_grammar": around}, {"name": "output", **own}]
 
 
 def _grammar(constraint: Constraint, special: Mapping[str, int]) -> dict[str, Any]:

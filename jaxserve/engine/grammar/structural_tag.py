@@ -48,6 +48,10 @@ class Tag(_Part, tag="tag"):
     end: str
 
 
+class Output(_Part, tag="output"):
+    """Of `around` only."""
+
+
 class TriggeredTags(_Part, tag="triggered_tags"):
     triggers: list[str]
     tags: list[Tag]
@@ -62,7 +66,18 @@ class TagsWithSeparator(_Part, tag="tags_with_separator"):
     stop_after_first: bool = False
 
 
-Format = ConstString | JsonSchema | Regex | AnyText | Sequence_ | Or | Tag | TriggeredTags | TagsWithSeparator
+Format = (
+    ConstString
+    | JsonSchema
+    | Regex
+    | AnyText
+    | Sequence_
+    | Or
+    | Tag
+    | Output
+    | TriggeredTags
+    | TagsWithSeparator
+)
 
 
 class _Structure(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,13 +114,20 @@ def lark(value: Any, param: str, special: Mapping[str, int], options: Mapping[st
         raise InvalidRequest(f"{param}{path.rstrip('`')}: {text}", param + path.rstrip("`")) from None
     except RecursionError:
         raise InvalidRequest(f"{param} is nested too deeply", param) from None
-    return "\n".join([f"start: {start}", "TEXT: /(?s:.*)/", *writer.rules])
+    return writer.text(start)
+
+
+def around(format: Any, special: Mapping[str, int], output: str) -> str:
+    """The grammar of what stands around another, whose name in it is `output`."""
+    writer = _Writer(special, {}, output)
+    return writer.text(writer.part(msgspec.convert(format, Format), ""))
 
 
 class _Writer:
-    def __init__(self, special: Mapping[str, int], options: Mapping[str, Any]):
+    def __init__(self, special: Mapping[str, int], options: Mapping[str, Any], output: str | None = None):
         self.special = special
         self.options = options
+        self.output = output
         self.rules: list[str] = []
         names = sorted(special, key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
@@ -114,6 +136,9 @@ class _Writer:
         name = f"{'T' if terminal else 'r'}_{len(self.rules)}"
         self.rules.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
         return name
+
+    def text(self, start: str) -> str:
+        return "\n".join([f"start: {start}", "TEXT: /(?s:.*)/", *self.rules])
 
     def literal(self, text: str) -> str:
         """Text, in which the names of special tokens are those tokens."""
@@ -143,6 +168,10 @@ class _Writer:
                 return self.rule(f"/{regex_to_lark(part.pattern, '')}/", terminal=True)
             case AnyText():
                 return "TEXT"
+            case Output():
+                if self.output is None:
+                    raise InvalidRequest(f"{at}.type: there is no format 'output'", f"{at}.type")
+                return self.output
             case Sequence_():
                 return " ".join(self.part(p, f"{at}.elements[{i}]") for i, p in enumerate(part.elements))
             case Or():

@@ -35,7 +35,8 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     params = request.params(state.engine.default_params)
     text, prompt = await render(state, conversation)
     assert state.engine.tokenizer is not None
-    make_parser = state.engine.formats.parser(state.engine.tokenizer, conversation, text)
+    formats = state.engine.formats
+    make_parser, params = formats.reading(state.engine.tokenizer, conversation, text, params)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
     generation = Generation(

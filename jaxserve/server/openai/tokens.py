@@ -54,8 +54,11 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
     """What a chat would give the model; a request that chat would refuse is refused."""
     request, conversation = parse_chat(body)
     state.check_model(request.model)
-    request.params(state.engine.default_params)
-    return json_response(Render(*await render(state, conversation)))
+    params = request.params(state.engine.default_params)
+    tokenizer = _tokenizer(state)
+    rendered = await render(state, conversation)
+    state.engine.formats.reading(tokenizer, conversation, rendered.text, params)
+    return json_response(Render(*rendered))
 
 
 async def tokenize(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
