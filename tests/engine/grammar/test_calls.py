@@ -1,0 +1,175 @@
+"""Calls that must come and thoughts before a form: random walks over the masks, read back by the parsers."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+
+from jaxserve.engine.grammar.compiler import Compiler
+from jaxserve.engine.grammar.constraint import Constraint, from_structured_outputs
+from jaxserve.engine.grammar.source import grammar
+from jaxserve.engine.grammar.vocabulary import Vocabulary
+from jaxserve.errors import InvalidRequest
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.structs import to_struct
+from jaxserve.text.parsers import Message, collect
+from jaxserve.text.parsers.registry import TOOL_PARSERS
+from jaxserve.text.reading import Formats
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools import ToolUse
+from tests.engine.grammar.walks import text_of, walk
+
+WALKS = 4
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+SCHEMAS = {
+    "weather": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 9}, "unit": {"enum": ["C", "F"]}},
+        "required": ["city"],
+    },
+    "move": {"$defs": {"point": POINT}, "properties": {"to": {"$ref": "#/$defs/point"}}, "required": ["to"]},
+    "now": {},
+    "stop": {"type": "object", "required": ["why"]},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()
+]
+TOOLS.append({"type": "function", "function": {"name": "clock", "strict": True}})
+JSON = from_structured_outputs({"json": {"enum": [3, {"a": 1}]}})
+
+
+@pytest.fixture(scope="session")
+def write(
+    tokenizer: Tokenizer, compiler: Compiler, special: dict[str, int], vocabulary: Vocabulary
+) -> Callable[..., list[tuple[str, Message]]]:
+    """Texts that a model may write to a request, each with the message that it is read as."""
+
+    def texts(
+        formats: Formats, prompt: str = "", wanted: Constraint | None = None, begin: str = "", **use: Any
+    ) -> list[tuple[str, Message]]:
+        asked = SamplingParams(structured_outputs=wanted)
+        make, params = formats.reading(tokenizer, to_struct(use, ToolUse), prompt, asked)
+        assert isinstance(params.structured_outputs, Constraint) and make is not None
+        matcher = compiler.compile(grammar(params.structured_outputs, special))
+        for token in tokenizer.encode(begin, add_special_tokens=False):
+            assert matcher.accept(token), begin
+        found = [begin + text_of(walk(matcher.copy(), vocabulary, i), vocabulary) for i in range(WALKS)]
+        parsers = [make() for _ in found]
+        return [
+            (text, collect(parser.feed(text) + parser.finish()))
+            for text, parser in zip(found, parsers, strict=True)
+        ]
+
+    return texts
+
+
+def check(message: Message) -> None:
+    for call in message.tool_calls:
+        arguments = json.loads(call.arguments)
+        assert isinstance(arguments, dict)
+        jsonschema.validate(arguments, SCHEMAS.get(call.name, {"maxProperties": 0}))
+        assert call.name != "now" or not arguments
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(TOOL_PARSERS.values()), ids=lambda format: format.__name__)
+def test_a_call_that_must_come_is_one(name: Any, write: Callable[..., Any]) -> None:
+    formats = Formats(name, None)
+    for text, message in write(formats, tools=TOOLS, tool_choice="required"):
+        assert message.tool_calls and not message.content.strip(), text
+        check(message)
+    named = {"type": "function", "function": {"name": "move"}}
+    for _, message in write(formats, tools=TOOLS, tool_choice=named):
+        (call,) = message.tool_calls
+        assert call.name == "move"
+        check(message)
+
+
+def test_calls_are_as_many_as_may_be(write: Callable[..., Any]) -> None:
+    formats = Formats.choose("hermes", "none", "", None)
+    clock = {"tools": TOOLS[-1:], "tool_choice": "required"}
+    assert {len(message.tool_calls) for _, message in write(formats, **clock)} > {1}
+    for text, message in write(formats, **clock, parallel_tool_calls=False):
+        assert text == '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+        assert [(call.name, call.arguments) for call in message.tool_calls] == [("clock", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "begin"),
+    [
+        ("deepseek_r1", "", "Hm {.</think>\n\n"),
+        ("deepseek_r1", "<think>\n", "Hm {.</think>"),
+        ("deepseek_r1", "</think>", ""),
+        ("qwen3", "", "<think>\nHm {.</think>\n\n"),
+        ("qwen3", "<think>\n", "Hm {.</think>"),
+        ("qwen3", "<think>\n\n</think>\n\n", ""),
+        ("granite", "", "Here is my thought process: Hm {. Here is my response:"),
+        ("gpt_oss", "", "<|channel|>analysis<|message|>Hm {.<|end|><|start|>assistant<|channel|>"),
+        ("gpt_oss", "", "<|channel|>"),
+    ],
+)
+def test_thoughts_are_free_before_calls_and_forms(
+    name: str, prompt: str, begin: str, write: Callable[..., Any]
+) -> None:
+    formats = Formats.choose("openai" if name == "gpt_oss" else "hermes", name, "", None)
+    if begin == "<|channel|>":
+        call, final = "<|channel|>commentary", "<|channel|>final"
+    else:
+        call = final = begin
+    thought = "Hm {." if "Hm" in begin else ""
+    for text, message in write(formats, prompt, begin=call, tools=TOOLS, tool_choice="required"):
+        assert message.tool_calls and not message.content.strip(), text
+        assert message.reasoning.strip() == thought
+        check(message)
+    for text, message in write(formats, prompt, JSON, final):
+        assert message.content.strip() in ("3", '{"a": 1}', '{"a":1}'), text
+        assert message.reasoning.strip() == thought
+
+
+def test_a_form_beside_tools_is_for_the_content(write: Callable[..., Any]) -> None:
+    formats = Formats.choose("hermes", "qwen3", "", None)
+    kinds = set()
+    for text, message in write(formats, "<think></think>", JSON, tools=TOOLS):
+        assert bool(message.tool_calls) != (message.content in ("3", '{"a": 1}', '{"a":1}')), text
+        check(message)
+        kinds.add(bool(message.tool_calls))
+    with pytest.raises(InvalidRequest) as error:
+        write(Formats.choose("pythonic", "none", "", None), "", JSON, tools=TOOLS)
+    assert error.value.param == JSON.param
+
+
+def test_what_needs_no_grammar_has_none(tokenizer: Tokenizer) -> None:
+    formats = Formats.choose("hermes", "qwen3", "", None)
+    plain = SamplingParams()
+    assert formats.reading(tokenizer, to_struct({"tools": TOOLS}, ToolUse), "", plain)[1] is plain
+    assert formats.reading(tokenizer, ToolUse(), "", plain)[1] is plain
+    wanted = SamplingParams(structured_outputs=JSON)
+    settled = formats.reading(tokenizer, ToolUse(), "<think>\n\n</think>", wanted)[1]
+    assert settled is wanted
+
+
+def test_a_schema_that_cannot_be_enforced_is_named_by_its_tool(write: Callable[..., Any]) -> None:
+    wrong = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
+    with pytest.raises(InvalidRequest) as error:
+        write(Formats.choose("hermes", "none", "", None), tools=[*TOOLS, wrong], tool_choice="required")
+    assert error.value.param == "tools[5].function.parameters#/properties/a/not"
+
+
+def test_a_forms_errors_stay_its_own_behind_thoughts(
+    tokenizer: Tokenizer, compiler: Compiler, special: dict[str, int]
+) -> None:
+    formats = Formats.choose("hermes", "deepseek_r1", "", None)
+    wanted = from_structured_outputs({"json": {"properties": {"a": {"type": "strin"}}}})
+    params = formats.reading(tokenizer, ToolUse(), "", SamplingParams(structured_outputs=wanted))[1]
+    assert isinstance(params.structured_outputs, Constraint) and params.structured_outputs.within
+    with pytest.raises(InvalidRequest) as error:
+        compiler.compile(grammar(params.structured_outputs, special))
+    assert error.value.param == "structured_outputs.json#/properties/a"
+
+
+def test_the_place_of_a_form_is_no_format_for_clients(special: dict[str, int]) -> None:
+    wanted = from_structured_outputs({"structural_tag": {"format": {"type": "output"}}})
+    with pytest.raises(InvalidRequest) as error:
+        grammar(wanted, special)
+    assert error.value.param == "structured_outputs.structural_tag.format.type"
