@@ -1,12 +1,16 @@
-"""Grammars for what a model writes: calls that must come, thoughts before an output that has a form.
+"""Grammars for what a model writes: calls that must come or must fit, thoughts before an output with a form.
 
 They are formats of structural tags (docs/structured_output.md).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
+from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.schema import checked
+from jaxserve.errors import InvalidRequest
 from jaxserve.text.parsers.deepseek_v3 import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR, deepseek_v3
 from jaxserve.text.parsers.granite_reasoning import RESPONSE, THOUGHT, granite_reasoning
 from jaxserve.text.parsers.harmony import harmony
@@ -18,14 +22,14 @@ from jaxserve.text.parsers.phi4_mini_json import phi4_mini_json
 from jaxserve.text.parsers.registry import Format
 from jaxserve.text.parsers.scanner import Scanner, Wait
 from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3
+from jaxserve.text.tools import ToolUse
 
 Part = dict[str, Any]
 TEXT: Part = {"type": "any_text"}
 OUTPUT: Part = {"type": "output"}
 """Where the form stands that a request asks for."""
-
-
 MORE = {"patternProperties", "minProperties", "$ref", "anyOf", "oneOf", "allOf"}
+"""Keywords of schemas whose properties are not all of an object's."""
 
 
 class Writing(NamedTuple):
@@ -37,72 +41,118 @@ class Writing(NamedTuple):
     first: str = ""
     last: str = ""
     many: bool = True
+    trigger: str = ""
+    """What calls begin with, and no other text does."""
 
 
 LIST = Writing('{{"name": "{}", "arguments": ', "}", ", ", "[", "]")
+TAGGED = Writing('<tool_call>\n{{"name": "{}", "arguments": ', "}\n</tool_call>", "\n", trigger="<tool_call>")
 WRITINGS: dict[Format, Writing] = {
-    hermes: Writing('<tool_call>\n{{"name": "{}", "arguments": ', "}\n</tool_call>", "\n"),
+    hermes: TAGGED,
     llama3_json: Writing('{{"name": "{}", "parameters": ', "}", "; "),
-    mistral: LIST._replace(first=f"{TOOL_CALLS}["),
-    phi4_mini_json: LIST._replace(first="<|tool_call|>[", last="]<|/tool_call|>"),
-    deepseek_v3: Writing(f"{CALL}{{}}{SEPARATOR}", END_CALL, "", CALLS, END_CALLS),
+    mistral: LIST._replace(first=f"{TOOL_CALLS}[", trigger=TOOL_CALLS),
+    phi4_mini_json: LIST._replace(first="<|tool_call|>[", last="]<|/tool_call|>", trigger="<|tool_call|>"),
+    deepseek_v3: Writing(f"{CALL}{{}}{SEPARATOR}", END_CALL, "", CALLS, END_CALLS, trigger=CALLS),
     harmony: Writing("<|channel|>commentary to=functions.{} <|constrain|>json<|message|>", "", many=False),
 }
 
 
 def json_list(s: Scanner) -> Wait[None]:
-    """What `LIST` is read by, for formats that have no grammar of their own."""
+    """Reads what `LIST` writes, for formats that have no writing of their own."""
     yield from s.attempt(call_list(s, bare=True))
 
 
-def reads_forced(format: Format) -> Format:
+def read_by(format: Format) -> Format:
+    """The format in which calls are read that must come."""
     return format if format in WRITINGS else json_list
 
 
-def calls(format: Format, tools: Sequence[Mapping[str, Any]], many: bool) -> Part:
-    """At least one call of the tools. Raises InvalidRequest for a schema that cannot be enforced."""
-    writing = WRITINGS.get(format, LIST)
-    tags = [
-        _tag(
-            writing.begin.format(tool["function"]["name"]),
-            {"type": "json_schema", "json_schema": arguments(tool["function"]["parameters"], i)},
-            writing.end,
-        )
-        for i, tool in enumerate(tools)
-    ]
-    one_or_more = {
+def constraint(
+    calls: Format | None, reasoning: Format | None, use: ToolUse, prompt: str, wanted: Any
+) -> Constraint | None:
+    """What an output is held to; `wanted`, if that is all.
+
+    A form that is wanted is the content's: thoughts come before it, and a call may stand in its place. Where
+    a call must come there is nothing else. `prompt`: its end. Raises InvalidRequest for what cannot be
+    enforced.
+    """
+    thoughts = _THOUGHTS[reasoning](prompt.rstrip()) if reasoning in _THOUGHTS else None
+    content = _sequence(_text("<|channel|>final<|message|>"), OUTPUT) if reasoning is harmony else OUTPUT
+    writing = WRITINGS.get(calls, LIST) if calls else LIST
+    if calls and use.forced:
+        return _held(thoughts, _calls(writing, use), "tool_choice")
+    if calls and wanted is None:
+        text = _text_and_calls(writing, use)
+        return text and _held(thoughts, text, "tools")
+    if wanted is None or (calls is None and thoughts is None and content is OUTPUT):
+        return wanted
+    if calls and calls not in WRITINGS:
+        told = f"with this model's calls {wanted.param} needs tool_choice none or required"
+        raise InvalidRequest(told, wanted.param, "unsupported_field")
+    form = _either(content, _calls(writing, use)) if calls else content
+    return replace(wanted, within=_after(thoughts, form))
+
+
+def _held(thoughts: Part | None, form: Part, param: str) -> Constraint:
+    return Constraint("structural_tag", {"format": _after(thoughts, form)}, param)
+
+
+def _after(thoughts: Part | None, form: Part) -> Part:
+    return form if thoughts is None else _sequence(thoughts, form)
+
+
+def _calls(writing: Writing, use: ToolUse) -> Part:
+    return _tag(writing.first, _one_or_more(writing, use, False), writing.last)
+
+
+def _one_or_more(writing: Writing, use: ToolUse, loose: bool) -> Part:
+    return {
         "type": "tags_with_separator",
-        "tags": tags,
+        "tags": _tags(writing, use, loose),
         "separator": writing.separator,
         "at_least_one": True,
-        "stop_after_first": not (many and writing.many),
+        "stop_after_first": not (use.many and writing.many),
     }
-    return _sequence(_text(writing.first), one_or_more, _text(writing.last))
 
 
-def arguments(parameters: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The schema of the i-th tool's arguments: an object that has its parameters, and no more unless it says
-    something of others."""
+def _text_and_calls(writing: Writing, use: ToolUse) -> Part | None:
+    """Text in which calls of strict tools fit; None where no tool is strict, or calls begin as text does.
+
+    Where the prompt leaves open whether there are thoughts, a call in them has to fit too.
+    """
+    if not writing.trigger or not any(tool["function"].get("strict") for tool in use.offered):
+        return None
+    if writing.first:
+        tags = [_tag(writing.first, _one_or_more(writing, use, True), writing.last)]
+    else:
+        tags = _tags(writing, use, True)
+    return {
+        "type": "triggered_tags",
+        "triggers": [writing.trigger],
+        "tags": tags,
+        "stop_after_first": not use.many,
+    }
+
+
+def _tags(writing: Writing, use: ToolUse, loose: bool) -> list[Part]:
+    """A call of each tool that may be called. `loose`: tools that are not strict take any arguments."""
+    tags = []
+    for i, function in enumerate(tool["function"] for tool in use.offered):
+        if use.named in (None, function["name"]):
+            free = loose and not function.get("strict")
+            schema = {"type": "object"} if free else _arguments(function["parameters"], i)
+            content = {"type": "json_schema", "json_schema": schema}
+            tags.append(_tag(writing.begin.format(function["name"]), content, writing.end))
+    return tags
+
+
+def _arguments(parameters: Mapping[str, Any], i: int) -> Part:
+    """The schema of the i-th tool's arguments: an object with its parameters, and with others only if it says
+    something of them."""
     checked(parameters, f"tools[{i}].function.parameters")
     known, required = parameters.get("properties", {}), parameters.get("required", ())
     more = parameters.keys() & MORE or not known.keys() >= set(required)
     return {"type": "object", **({} if more else {"additionalProperties": False}), **parameters}
-
-
-def thoughts(format: Format | None, prompt: str) -> Part | None:
-    """What a model that reasons writes before its output; None for nothing. `prompt`: its end."""
-    return _THOUGHTS[format](prompt.rstrip()) if format in _THOUGHTS else None
-
-
-def output(format: Format | None) -> Part:
-    """The output itself, as a model that reasons writes it."""
-    return _sequence(_text("<|channel|>final<|message|>"), OUTPUT) if format is harmony else OUTPUT
-
-
-def whole(thoughts: Part | None, forms: list[Part]) -> Part:
-    """One of `forms` behind the thoughts."""
-    form = forms[0] if len(forms) == 1 else {"type": "or", "elements": forms}
-    return form if thoughts is None else _sequence(thoughts, form)
 
 
 def _deepseek_r1(prompt: str) -> Part | None:
@@ -131,14 +181,19 @@ _THOUGHTS: dict[Format | None, Callable[[str], Part | None]] = {
     granite_reasoning: _granite,
     harmony: _harmony,
 }
+"""What comes before the output, by the end of the prompt."""
 
 
 def _sequence(*parts: Part) -> Part:
     return {"type": "sequence", "elements": list(parts)}
 
 
+def _either(*parts: Part) -> Part:
+    return {"type": "or", "elements": list(parts)}
+
+
 def _maybe(*parts: Part) -> Part:
-    return {"type": "or", "elements": [_text(""), _sequence(*parts)]}
+    return _either(_text(""), _sequence(*parts))
 
 
 def _tag(begin: str, content: Part, end: str) -> Part:

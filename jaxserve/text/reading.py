@@ -5,11 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text import call_grammar
@@ -65,48 +64,20 @@ class Formats(NamedTuple):
     ) -> tuple[MakeParser | None, SamplingParams]:
         """What makes the parser of each output, None where an output is nothing but text; and the parameters
         with which outputs keep to what the tools ask. Raises InvalidRequest."""
-        wanted = params.structured_outputs
-        constraint = self._constraint(use, prompt, wanted)
-        if constraint is not wanted:
-            params = replace(params, structured_outputs=constraint)
-        return self._parser(tokenizer, use, prompt), params
-
-    def _parser(self, tokenizer: Tokenizer, use: ToolUse, prompt: str) -> MakeParser | None:
-        tools = self._called(use)
-        if tools is None and self.reasoning is None:
-            return None
-        if tools is not None and use.forced:
-            tools = call_grammar.reads_forced(tools)
-        end, special = prompt[-PROMPT_END:], tokenizer.special_tokens
-        return partial(OutputParser, tools, self.reasoning, use.offered, end, special, use.many)
-
-    def _constraint(self, use: ToolUse, prompt: str, wanted: Any) -> Constraint | None:
-        """Of a form that is wanted for the output: thoughts may come before it and calls in its place. Where
-        a call must come there is nothing else."""
-        called = self._called(use)
-        if called is None and wanted is None:
-            return None
-        form: list[call_grammar.Part] = []
-        if wanted is not None and not use.forced:
-            form.append(call_grammar.output(self.reasoning))
-            if called is not None and called not in call_grammar.WRITINGS:
-                told = f"with this model's calls {wanted.param} needs tool_choice none or required"
-                raise InvalidRequest(told, wanted.param, "unsupported_field")
-        if called is not None and (form or use.forced):
-            form.append(call_grammar.calls(called, use.forced or use.offered, use.many))
-        if not form:  # a call may come, or not
-            return None
-        whole = call_grammar.whole(call_grammar.thoughts(self.reasoning, prompt), form)
-        if wanted is None or use.forced:
-            return Constraint("structural_tag", {"format": whole}, "tool_choice")
-        return wanted if whole == call_grammar.OUTPUT else replace(wanted, within=whole)
-
-    def _called(self, use: ToolUse) -> Format | None:
-        """The format of calls; None where there are none."""
-        if use.offered and self.tools is None:
+        tools = self.tools if use.offered else None
+        if use.offered and tools is None:
             told = "tools need an engine with a --tool-call-parser"
             raise InvalidRequest(told, "tools", "unsupported_field")
-        return self.tools if use.offered else None
+        end, wanted = prompt[-PROMPT_END:], params.structured_outputs
+        constraint = call_grammar.constraint(tools, self.reasoning, use, end, wanted)
+        if constraint is not wanted:
+            params = replace(params, structured_outputs=constraint)
+        if tools is not None and use.forced:
+            tools = call_grammar.read_by(tools)
+        if tools is None and self.reasoning is None:
+            return None, params
+        special = tokenizer.special_tokens
+        return partial(OutputParser, tools, self.reasoning, use.offered, end, special, use.many), params
 
 
 class Reader:

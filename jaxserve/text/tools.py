@@ -65,17 +65,19 @@ class ToolUse(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, dict=Tru
         return [_shown(tool) for tool in self.tools or ()]
 
     @property
-    def forced(self) -> list[dict[str, Any]]:
-        """Those of the offered of which one must be called; none where that is up to the model."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.offered if tool["function"]["name"] == name]
-        return self.offered if self.tool_choice == "required" else []
+    def named(self) -> str | None:
+        """The only tool that may be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def forced(self) -> bool:
+        """Whether there must be a call."""
+        return self.tool_choice == "required" or self.named is not None
 
     @property
     def many(self) -> bool:
         """Whether there may be more than one call."""
-        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+        return self.parallel_tool_calls is not False and self.named is None
 
 
 def _shown(tool: Tool) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def ask(client, text, *, stream=False, **fields):
         for call in message.get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
         return message, choice.finish_reason, reply.usage
-    message = {"content": None, "role": None, "refusal": None}
+    message = {"content": None, "refusal": None}
     reasons = []
     for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
@@ -41,7 +41,6 @@ def ask(client, text, *, stream=False, **fields):
             add(message, choice.delta.to_dict())
         usage = chunk.usage
     assert set(reasons[:-1]) <= {None}
-    message["content"] = message["content"] or None
     return message, reasons[-1], usage
 
 

@@ -106,9 +106,10 @@ class _Reply:
             choices = []
             for sequence in output.outputs:
                 index = sequence.index
+                nothing = "" if sequence.events is None else None
                 if index not in begun:
                     begun.add(index)
-                    role = ChunkChoice(index, Delta("assistant", ""))
+                    role = ChunkChoice(index, Delta("assistant", nothing))
                     if self._prompt is UNSET:
                         choices.append(role)
                     else:
@@ -118,7 +119,7 @@ class _Reply:
                 token_ids = self._token_ids(sequence)
                 deltas = self._answer.deltas(sequence)
                 if sequence.logprobs or token_ids:
-                    deltas = deltas or [Delta(content="")]
+                    deltas = deltas or [Delta(content=nothing)]
                     logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
                     choices.append(ChunkChoice(index, deltas.pop(0), logprobs=logprobs, token_ids=token_ids))
                 choices.extend(ChunkChoice(index, delta) for delta in deltas)

@@ -14,6 +14,7 @@ from jaxserve.engine.grammar.vocabulary import Vocabulary
 from jaxserve.errors import InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.structs import to_struct
+from jaxserve.text.call_grammar import WRITINGS
 from jaxserve.text.parsers import Message, collect
 from jaxserve.text.parsers.registry import TOOL_PARSERS
 from jaxserve.text.reading import Formats
@@ -142,7 +143,7 @@ def test_a_form_beside_tools_is_for_the_content(write: Callable[..., Any]) -> No
 def test_what_needs_no_grammar_has_none(tokenizer: Tokenizer) -> None:
     formats = Formats.choose("hermes", "qwen3", "", None)
     plain = SamplingParams()
-    assert formats.reading(tokenizer, to_struct({"tools": TOOLS}, ToolUse), "", plain)[1] is plain
+    assert formats.reading(tokenizer, to_struct({"tools": TOOLS[:-1]}, ToolUse), "", plain)[1] is plain
     assert formats.reading(tokenizer, ToolUse(), "", plain)[1] is plain
     wanted = SamplingParams(structured_outputs=JSON)
     settled = formats.reading(tokenizer, ToolUse(), "<think>\n\n</think>", wanted)[1]
@@ -173,3 +174,30 @@ def test_the_place_of_a_form_is_no_format_for_clients(special: dict[str, int]) -
     with pytest.raises(InvalidRequest) as error:
         grammar(wanted, special)
     assert error.value.param == "structured_outputs.structural_tag.format.type"
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral", "phi4_mini_json", "deepseek_v3"])
+def test_calls_of_strict_tools_fit_where_the_model_chooses_to_call(
+    name: str, write: Callable[..., Any]
+) -> None:
+    formats = Formats.choose(name, "qwen3", "", None)
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    begin = WRITINGS[TOOL_PARSERS[name]].trigger
+    for prompt, begun in (
+        ("", begin),
+        ("", f"Let me see. {begin}"),
+        ("<think>\n", f"{begin}?</think>\n\nWell {begin}"),
+    ):
+        for text, message in write(formats, prompt, begin=begun, tools=strict, parallel_tool_calls=False):
+            assert len(message.tool_calls) == 1 and begin not in message.content, text
+            assert message.reasoning == (f"{begin}?" if prompt else "")
+            check(message)
+    loose = [TOOLS[0], TOOLS[-1]]
+    for _, message in write(formats, begin=begin, tools=loose, parallel_tool_calls=False):
+        assert isinstance(json.loads(message.tool_calls[0].arguments), dict)
+
+
+def test_strict_tools_leave_text_free(write: Callable[..., Any]) -> None:
+    formats = Formats.choose("hermes", "none", "", None)
+    for text, message in write(formats, tools=TOOLS):
+        assert message.content == text and not message.tool_calls
