@@ -1,5 +1,7 @@
 """`Engine.chat`: the chat template's prompt, as HTTP renders it."""
 
+import json
+
 import pytest
 
 from jaxserve import LLM, SamplingParams
@@ -122,3 +124,34 @@ def test_wrong_tools_are_named(engine, options, param):
     with pytest.raises(InvalidRequest) as error:
         engine.chat([USER], **options)
     assert error.value.param == param
+
+
+MOVE = {
+    "type": "function",
+    "function": {
+        "name": "move",
+        "parameters": {"properties": {"to": {"enum": ["left", "right"]}}, "required": ["to"]},
+    },
+}
+
+
+def test_a_call_that_must_come_is_one_whatever_the_model(engine):
+    options = {"chat_template": "{{ tools[0].function.name }}?", "use_progress": False}
+    params = SamplingParams(n=4, seed=1, max_tokens=200)
+    named = {"type": "function", "function": {"name": "move"}}
+    for choice in ("required", named):
+        (answer,) = engine.chat(
+            [USER], params, tools=[MOVE], tool_choice=choice, parallel_tool_calls=False, **options
+        )
+        for output in answer.outputs:
+            (call,) = output.message.tool_calls
+            assert call.name == "move" and json.loads(call.arguments)["to"] in ("left", "right")
+            assert output.finish_reason == "stop" and output.message.content == ""
+
+
+def test_params_of_a_chat_keep_their_form_behind_thoughts(make_engine):
+    with make_engine(reasoning_parser="qwen3") as engine:
+        params = SamplingParams(max_tokens=50, structured_outputs={"choice": ["yes", "no"]})
+        options = {"chat_template": "Hm</think>", "use_progress": False}
+        (answer,) = engine.chat([USER], params, **options)
+        assert answer.outputs[0].message.content in ("yes", "no")

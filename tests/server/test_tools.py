@@ -219,3 +219,50 @@ def test_a_parser_of_ones_own(launch, tmp_path):
 def test_a_parser_that_is_not_there(launch, config, told):
     server = launch(config)
     assert server.stop(0) == 1 and told in server.err
+
+
+MOVE = {
+    "type": "function",
+    "function": {
+        "name": "move",
+        "strict": True,
+        "parameters": {
+            "properties": {"to": {"enum": ["left", "right"]}, "fast": {"type": "boolean"}},
+            "required": ["to", "fast"],
+        },
+    },
+}
+
+
+def test_a_call_that_must_come_is_one_whatever_the_model(start_real, tmp_path):
+    """Streamed and not; OpenAI's client puts it together."""
+    (tmp_path / "template").write_text("{% if tools %}{% endif %}{{ messages[-1].content }}")
+    server = start_real("--max-num-seqs", "4", "--chat-template", str(tmp_path / "template"))
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    named = {"type": "function", "function": {"name": "move"}}
+    for choice, seed in (("required", 1), ("required", 2), (named, 3)):
+        asked = {
+            "model": client.models.list().data[0].id,
+            "messages": [{"role": "user", "content": "Go!"}],
+            "tools": [MOVE],
+            "tool_choice": choice,
+            "parallel_tool_calls": False,
+            "seed": seed,
+        }
+        (whole,) = client.chat.completions.create(**asked).choices
+        with client.chat.completions.stream(**asked) as stream:
+            (streamed,) = stream.get_final_completion().choices
+        for answer in (whole, streamed):
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None
+            (call,) = answer.message.tool_calls
+            arguments = json.loads(call.function.arguments)
+            assert arguments["to"] in ("left", "right") and arguments["fast"] in (True, False)
+        assert streamed.message.tool_calls[0].function.parsed_arguments == arguments
+        assert whole.message.tool_calls[0].function.arguments == call.function.arguments
+    begun = asked | {"messages": [{"role": "user", "content": "<tool_call>"}], "tool_choice": "auto"}
+    (free,) = client.chat.completions.create(**begun, max_tokens=20).choices
+    assert free.message.content and not free.message.tool_calls
+    wrong = MOVE | {"function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**asked | {"tools": [MOVE, wrong], "tool_choice": "required"})
+    assert error.value.param == "tools[1].function.parameters#/properties/a/not"
