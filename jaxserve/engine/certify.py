@@ -21,7 +21,7 @@ from jaxserve.engine.programs import Programs
 from jaxserve.engine.request import Request
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Chunk
-from jaxserve.engine.shaping import Shaping
+from jaxserve.engine.shaping import ShapeVariant, Shaping
 from jaxserve.engine.step import KV, Slots, Weights
 from jaxserve.errors import ConfigError
 from jaxserve.pallas_kernels.paged_attention import read
@@ -64,17 +64,17 @@ def certify(
         programs.leave_out(bucket)
     draws = _Draws(programs, probing.slots, shaping)
     most = programs.limits.seqs
-    known, shaped = draws.sample(most, "full"), draws.shape(most)
+    known, shaped = draws.sample(most, "full"), draws.shape(most, "typical")
     if known.contradicted or shaped.contradicted:
         raise ConfigError(NOTHING)
     for seqs, variant in programs.samples:
         if not known.agrees(draws.sample(seqs, variant)):
             refused.append(f"sample[{seqs}, {variant}]")
             programs.leave_out((seqs, variant))
-    for seqs in programs.shaped:
-        if not shaped.agrees(draws.shape(seqs)):
-            refused.append(f"shape[{seqs}]")
-            programs.leave_out(seqs)
+    for seqs, shaping_variant in programs.shapings:
+        if not shaped.agrees(draws.shape(seqs, shaping_variant)):
+            refused.append(f"shape[{seqs}, {shaping_variant}]")
+            programs.leave_out((seqs, shaping_variant))
     if refused:
         log.warning("deterministic: left out, for bits unlike the others': %s", ", ".join(refused))
     return probing.kv, draws.slots, draws.shaping, refused
@@ -343,9 +343,9 @@ class _Draws:
                     bits.note((row, "logprobs"), found[place, 1:])
         return bits
 
-    def shape(self, seqs: int) -> Bits:
+    def shape(self, seqs: int, variant: ShapeVariant) -> Bits:
         """What a shape program makes of rows in different places."""
-        bits, program = Bits(), self._programs.shape(seqs)
+        bits, program = Bits(), self._programs.shape(seqs, variant)
         for places, rows, logits, targets in self._steps(seqs):
             for place, row in zip(places, rows, strict=True):
                 packed = self._programs.enter_layout.pack(int(targets[place, 0]), self._requests[row], [])
@@ -356,7 +356,8 @@ class _Draws:
             self.shaping, shaped = program(self.shaping, self.slots, logits, targets, packed)
             found = np.asarray(shaped)
             for place, row in zip(places, rows, strict=True):
-                bits.note((row, "logits"), found[place])
+                if variant == "typical" or self._requests[row].typical_p == 1.0:
+                    bits.note((row, "logits"), found[place])
         return bits
 
     def _steps(self, seqs: int) -> Iterator[tuple[list[int], list[int], np.ndarray, np.ndarray]]:

@@ -49,7 +49,8 @@ class Chooser:
         logits: jax.Array | np.ndarray = self._processed(chunks, raw)
         rows = self._rows(chunks, seqs)
         if rows is not None:
-            shape = self._programs.shape(seqs)
+            typical = any(chunk.request.spec.typical_p < 1.0 for chunk in chunks if chunk.samples)
+            shape = self._programs.shape(seqs, "typical" if typical else "plain")
             self.shaping, logits = shape(self.shaping, slots, logits, targets, rows)
         slots, sampled = self._programs.sample(seqs, variant)(slots, logits, raw, targets)
         if not self._on_host:

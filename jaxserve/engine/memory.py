@@ -17,7 +17,7 @@ from jaxserve.config import EngineConfig, parse_mesh
 from jaxserve.engine.devices import CPU, GPU, TPU, Memory, Platform, gib, kv_type
 from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
-from jaxserve.engine.programs import VARIANTS, Shapes, ladder
+from jaxserve.engine.programs import SHAPES, VARIANTS, Shapes, ladder
 from jaxserve.engine.shaping import Shaping
 from jaxserve.errors import ConfigError
 from jaxserve.models.layers.activation import GATES
@@ -273,7 +273,7 @@ def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
     if memory.platform is GPU:
         return 0
     buckets = ladder(shapes, memory.platform.smallest_decode)
-    samples = len({bucket.seqs for bucket in buckets}) * len(VARIANTS)
+    samples = len({bucket.seqs for bucket in buckets}) * (len(VARIANTS) + len(SHAPES))
     if memory.platform is TPU:
         mixed, decode = TPU_LAYER["tpu" if case.kernels.attention == "tpu" else "xla"]
         layers = sum(mixed if bucket.tokens > bucket.seqs else decode for bucket in buckets) * shapes.layers

@@ -15,7 +15,7 @@ from jaxserve.engine.devices import gib, make_mesh, memory_of, weight_type
 from jaxserve.engine.kernels import check_device, choose_kernels, kernels_for
 from jaxserve.engine.memory import Budget, fit, process_bytes
 from jaxserve.engine.model import LoadedModel
-from jaxserve.engine.programs import VARIANTS, Programs, ladder
+from jaxserve.engine.programs import SHAPES, VARIANTS, Programs, ladder
 from jaxserve.engine.topology import abstract_mesh, chip, compiler_mesh, memory_of_chip
 from jaxserve.errors import ConfigError
 from jaxserve.loading.checkpoint import read_config
@@ -202,7 +202,7 @@ def _names(buckets: Sequence[Bucket]) -> list[str]:
     """All programs of a ladder."""
     rows = sorted({bucket.seqs for bucket in buckets})
     samples = [f"sample[{n}] {variant}" for n in rows for variant in VARIANTS]
-    shapes = [f"shape[{n}]" for n in rows]
+    shapes = [f"shape[{n}] {variant}" for n in rows for variant in SHAPES]
     return ["admit", "enter", *(bucket.name for bucket in sorted(buckets)), *shapes, *samples]
 
 

@@ -23,7 +23,7 @@ from jaxserve.engine.compilation import Counts, Shelf, compiler_options, prune
 from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
-from jaxserve.engine.shaping import EnterLayout, RowsLayout, Shaping, enter, shape
+from jaxserve.engine.shaping import EnterLayout, RowsLayout, ShapeVariant, Shaping, enter, shape
 from jaxserve.engine.step import KV, Slots, admit, forward, sample
 from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape, empty_pool
 
@@ -33,6 +33,8 @@ DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SMALLEST_MIXED = 64
 VARIANTS: tuple[Variant, ...] = ("full", "greedy", "random")
 """`full` serves every row, so it comes first."""
+SHAPES: tuple[ShapeVariant, ...] = ("typical", "plain")
+"""So does `typical`."""
 
 
 class Shapes(NamedTuple):
@@ -93,7 +95,7 @@ class Programs:
         facts = (model.config, model.kernels, shapes, self._options, self._weights)
         self._shelf = Shelf(devices, *facts) if _are_here(devices) else None
         self._forward: dict[Bucket, Any] = {}
-        self._shape: dict[int, Any] = {}
+        self._shape: dict[tuple[int, ShapeVariant], Any] = {}
         self._sample: dict[tuple[int, Variant], Any] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
@@ -141,11 +143,13 @@ class Programs:
     def ready(self) -> list[Bucket]:
         """Buckets that can run: their rows can be shaped and sampled too."""
         forward = list(self._forward)
-        return [b for b in forward if b.seqs in self._shape and (b.seqs, "full") in self._sample]
+        sampled = {seqs for seqs, variant in list(self._sample) if variant == VARIANTS[0]}
+        shaped = {seqs for seqs, variant in list(self._shape) if variant == SHAPES[0]}
+        return [b for b in forward if b.seqs in sampled & shaped]
 
     @property
-    def shaped(self) -> list[int]:
-        """Rows of the shape programs that are ready."""
+    def shapings(self) -> list[tuple[int, ShapeVariant]]:
+        """Rows and variants of the shape programs that are ready."""
         return list(self._shape)
 
     @property
@@ -178,15 +182,15 @@ class Programs:
         """forward compiled for the bucket: (weights, kv, slots, packed) -> (kv, slots, logits, targets)."""
         return self._forward[bucket]
 
-    def shape(self, seqs: int) -> Any:
+    def shape(self, seqs: int, variant: ShapeVariant) -> Any:
         """shape for that many rows: (shaping, slots, logits, targets, rows) -> (shaping, logits)."""
-        return self._shape[seqs]
+        return self._shape.get((seqs, variant)) or self._shape[seqs, SHAPES[0]]
 
     def sample(self, seqs: int, variant: Variant) -> Any:
         """sample for that many rows: (slots, logits, raw, targets) -> (slots, sampled)."""
         return self._sample.get((seqs, variant)) or self._sample[seqs, "full"]
 
-    def leave_out(self, program: Bucket | int | tuple[int, Variant]) -> None:
+    def leave_out(self, program: Bucket | tuple[int, Variant | ShapeVariant]) -> None:
         """Forget a program (forward, shape or sample): another one serves in its place."""
         tables: tuple[dict[Any, Any], ...] = self._forward, self._shape, self._sample
         for table in tables:
@@ -197,15 +201,15 @@ class Programs:
         chunks, singles = max(self.buckets), max(b for b in self.buckets if b.tokens == b.seqs)
         for bucket in (chunks, singles):
             self._compile_forward(bucket)
-        self._compile_shape(singles.seqs)
+        self._compile_shape(singles.seqs, SHAPES[0])
         self._compile_sample(singles.seqs, "full")
 
     def temporaries(self) -> dict[str, int]:
         """Bytes that each program that is ready takes on a device beside weights, pool and slots, from the
         compiler's analysis. While logits are sampled, the next step's may be there already."""
         found = {bucket.name: _new(program) for bucket, program in list(self._forward.items())}
-        for rows, program in list(self._shape.items()):
-            found[f"shape[{rows}]"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
+        for (rows, shaping), program in list(self._shape.items()):
+            found[f"shape[{rows}] {shaping}"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
         for (rows, variant), program in list(self._sample.items()):
             found[f"sample[{rows}] {variant}"] = _new(program) + 3 * 4 * rows * self.shapes.vocab
         return found
@@ -220,12 +224,15 @@ class Programs:
         for bucket in self.buckets:
             if (bucket.seqs, VARIANTS[0]) not in self._sample:
                 yield partial(self._compile_sample, bucket.seqs, VARIANTS[0])
-                yield partial(self._compile_shape, bucket.seqs)
+                yield partial(self._compile_shape, bucket.seqs, SHAPES[0])
             yield partial(self._compile_forward, bucket)
         for bucket in self.buckets:
             for variant in VARIANTS[1:]:
                 if (bucket.seqs, variant) not in self._sample:
                     yield partial(self._compile_sample, bucket.seqs, variant)
+            for shaping in SHAPES[1:]:
+                if (bucket.seqs, shaping) not in self._shape:
+                    yield partial(self._compile_shape, bucket.seqs, shaping)
 
     def _compile_rest(self) -> None:
         try:
@@ -263,11 +270,12 @@ class Programs:
         out = (*_shardings((self._kv, self._slots)), replicated, replicated)
         self._forward[bucket] = self._compile(bucket.name, step, *args, donate=(1, 2), out=out)
 
-    def _compile_shape(self, seqs: int) -> None:
+    def _compile_shape(self, seqs: int, variant: ShapeVariant) -> None:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
         rows = self._array(seqs, 1 + self.rows_layout(seqs).words, dtype=jnp.uint32)
         args = (self._shaping, self._slots, logits, self._array(seqs, 2), rows)
-        self._shape[seqs] = self._compile(f"shape {seqs}", shape, *args)
+        function = partial(shape, variant)
+        self._shape[seqs, variant] = self._compile(f"shape {seqs} {variant}", function, *args)
 
     def _compile_sample(self, seqs: int, variant: Variant) -> None:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)

@@ -10,7 +10,7 @@ shape(shaping, slots, logits, targets, rows)  -> (shaping, logits)
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jaxserve.engine.sampling import mass_threshold
 from jaxserve.engine.step import Slots
 from jaxserve.sampling_params import MAX_LOGIT_BIAS
 
+ShapeVariant = Literal["typical", "plain"]
+"""What a shape program can do: any row; any row without typical_p."""
 IN_PROMPT = 1 << 15
 """In a count: the prompt has the token. What is below is how often it was generated."""
 HEAD = 6
@@ -124,7 +126,12 @@ class RowsLayout(NamedTuple):
 
 
 def shape(
-    shaping: Shaping, slots: Slots, logits: jax.Array, targets: jax.Array, rows: jax.Array
+    variant: ShapeVariant,
+    shaping: Shaping,
+    slots: Slots,
+    logits: jax.Array,
+    targets: jax.Array,
+    rows: jax.Array,
 ) -> tuple[Shaping, jax.Array]:
     """The logits float32 [rows, vocab] as each row's request wants them; `rows` as RowsLayout has them.
 
@@ -141,11 +148,12 @@ def shape(
         counts=shaping.counts.at[target, last].set(count + new.astype(jnp.uint16)),
         length=shaping.length.at[target].set(position),
     )
-    weigh = partial(_weigh, shaping, target, here)
-    logits = lax.cond(jnp.any(here), weigh, lambda logits: logits, logits)
+    logits = _weigh(shaping, target, here, logits)
     bits = rows[:, 1:, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] > 0
     logits = jnp.where(allowed, logits, -jnp.inf)
+    if variant == "plain":
+        return shaping, logits
     temperature = slots.params.temperature[target]
     mass = jnp.where(here & (temperature > 0.0), shaping.factors[target, 3], 1.0)
     typical = partial(_typical, temperature, mass)

@@ -19,7 +19,7 @@ from jaxserve.engine.devices import weight_type
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import fit
 from jaxserve.engine.model import LoadedModel
-from jaxserve.engine.programs import VARIANTS, Programs
+from jaxserve.engine.programs import SHAPES, VARIANTS, Programs
 from jaxserve.engine.topology import chip, compiler_mesh, memory_of_chip
 from tests.aot import NO_WORK, Dump
 from tests.hlo import collectives, instructions
@@ -96,10 +96,10 @@ def _compile(programs: Programs, steps: tuple[str, ...], dump: Dump) -> Iterator
         dump.clear()
         programs._compile_sample(rows, variant)
         yield f"sample[{rows}] {variant}", programs.sample(rows, variant)
-    for rows in singles:
+    for rows, shaping in product(singles, SHAPES):
         dump.clear()
-        programs._compile_shape(rows)
-        yield f"shape[{rows}]", programs.shape(rows)
+        programs._compile_shape(rows, shaping)
+        yield f"shape[{rows}] {shaping}", programs.shape(rows, shaping)
     dump.clear()
     programs._compile_admit()
     yield "admit", programs.admit

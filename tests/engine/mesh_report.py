@@ -85,7 +85,8 @@ def program(core: EngineCore, bucket: Bucket) -> dict[str, Any]:
         "seqs": bucket.seqs,
         "collectives": collectives(compiled.as_text()),
         "collectives_of_sample": collectives(
-            core._programs.sample(bucket.seqs, "full").as_text() + core._programs.shape(bucket.seqs).as_text()
+            core._programs.sample(bucket.seqs, "full").as_text()
+            + core._programs.shape(bucket.seqs, "typical").as_text()
         ),
         "temporary_bytes": memory.temp_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,

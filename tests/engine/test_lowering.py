@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxserve.engine.devices import CPU, GPU, TPU
-from jaxserve.engine.programs import VARIANTS, Programs
+from jaxserve.engine.programs import SHAPES, VARIANTS, Programs
 from tests.families import FAMILIES, config_of, programs_of
 from tests.hlo import aliases, collectives, count
 
@@ -76,9 +76,12 @@ def lowered(family: str, platform: str, shards: int, kv: str = "auto") -> tuple[
         rows = programs.shapes.max_num_seqs
         for variant in VARIANTS:
             programs._compile_sample(rows, variant)
+        for shaping in SHAPES:
+            programs._compile_shape(rows, shaping)
     texts = {bucket.name.partition("[")[0]: text for bucket, text in programs._forward.items()}
     texts |= {variant: programs._sample[rows, variant] for variant in VARIANTS}
-    texts |= {"admit": programs.admit, "enter": programs.enter, "shape": programs.shape(rows)}
+    texts |= {"admit": programs.admit, "enter": programs.enter}
+    texts |= {shaping: programs.shape(rows, shaping) for shaping in SHAPES}
     return programs, texts | {"empty": programs._empty}
 
 
@@ -122,7 +125,7 @@ def test_slots_are_donated_and_written_in_place(step, kind):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=STEP_IDS)
-@pytest.mark.parametrize("kind", ["enter", "shape"])
+@pytest.mark.parametrize("kind", ["enter", *SHAPES])
 def test_counts_of_tokens_are_donated_and_written_in_place(step, kind):
     programs, texts = lowered(*step)
     seqs, vocab = programs.shapes.max_num_seqs, programs.shapes.vocab
@@ -134,7 +137,7 @@ def test_counts_of_tokens_are_donated_and_written_in_place(step, kind):
 def test_only_the_search_for_a_threshold_loops_when_tokens_are_chosen(step):
     _, texts = lowered(*step)
     found = {variant: count(texts[variant], r"stablehlo\.while") for variant in VARIANTS}
-    assert count(texts["shape"], r"stablehlo\.while") == 1
+    assert [count(texts[name], r"stablehlo\.(while|case|if)") for name in SHAPES] == [2, 0]
     assert found == LOOPS[step[1]]
     kernels = {count(texts[variant], r"custom_call @\S*triton") for variant in VARIANTS}
     assert kernels == {1 if step[1] == "cuda" else 0}

@@ -32,7 +32,7 @@ SPECS = [
     {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.4, "logit_bias": {8: 1.0}},
     {"frequency_penalty": 2.0, "typical_p": 0.5, "allowed_token_ids": list(range(0, 150, 3))},
 ]
-shape_jit, enter_jit = jax.jit(shape), jax.jit(enter, static_argnums=0)
+shape_jit, enter_jit = jax.jit(shape, static_argnums=0), jax.jit(enter, static_argnums=0)
 
 
 def spec_of(fields):
@@ -89,7 +89,11 @@ class Device:
                 rule.narrow(masks[row], [], place)
         targets = [[slot, len(PROMPT) + place] for slot in range(rows - 1)] + [[SLOTS, 0]]
         padded = np.concatenate([logits, np.zeros((1, VOCAB), np.float32)])
-        self.shaping, found = shape_jit(self.shaping, slots, padded, np.array(targets, np.int32), packed)
+        args = self.shaping, slots, padded, np.array(targets, np.int32), packed
+        self.shaping, found = shape_jit("typical", *args)
+        _, plain = shape_jit("plain", *args)
+        for row, spec in enumerate(self.specs):  # to the last bit
+            assert spec.typical_p < 1.0 or np.array_equal(plain[row], found[row])
         return np.asarray(found)[: rows - 1]
 
 
