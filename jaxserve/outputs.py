@@ -67,6 +67,8 @@ class RequestOutput(msgspec.Struct):
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    num_unused_tokens: int = 0
+    """Of the sequences that were generated for `best_of` and are not among the outputs."""
     error: str | None = None
     """Set when the request failed in the engine; its outputs then have finish_reason "error"."""
     error_code: ErrorCode | None = None

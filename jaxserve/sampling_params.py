@@ -102,6 +102,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _processors(self.logits_processors)
 
     @property
+    def num_sequences(self) -> int:
+        """How many are generated; `n` of them are given."""
+        return self.best_of or self.n
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 

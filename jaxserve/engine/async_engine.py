@@ -182,11 +182,11 @@ class AsyncEngine:
         """
         await self.start()
         content, cache_salt = parse_prompt(prompt)
-        text, ids = await self._encode(content)
+        params = params or self.default_params()
+        text, ids = await self._encode(content, params.truncate_prompt_tokens is not None)
         request_id = request_id or uuid.uuid4().hex
         if self._job(request_id):
             raise InvalidRequest(f"a request with the id {request_id!r} is running already", "request_id")
-        params = params or self.default_params()
         job = Job(request_id, text, ids, params, cache_salt, tenant, follows, sink, make_parser)
         try:
             self._choose_lane().add(job)
@@ -200,14 +200,14 @@ class AsyncEngine:
         if self._job(job.request_id) is job:  # and not the next one of this id
             self._forget(job.request_id)
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool = True, any_length: bool = False) -> list[int]:
         """The text's token ids; the event loop goes on while those of a long one are found.
 
-        Raises `InvalidRequest` for a text that is far too long, and without a tokenizer.
+        Raises `InvalidRequest` without a tokenizer and, unless `any_length`, for a text that is far too long.
         """
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: send token ids", "prompt")
-        if self.max_model_len is not None:
+        if self.max_model_len is not None and not any_length:
             self.tokenizer.check_length(text, self.max_model_len)
         if len(text) <= ENCODE_INLINE:
             return self.tokenizer.encode(text, add_special_tokens)
@@ -290,10 +290,10 @@ class AsyncEngine:
         answers = await asyncio.gather(*map(ask, ready.values()))
         return {i: answer for i, answer in zip(ready, answers, strict=True) if answer is not None}
 
-    async def _encode(self, prompt: str | list[int]) -> tuple[str | None, list[int]]:
+    async def _encode(self, prompt: str | list[int], any_length: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, list):
             return None, prompt
-        return prompt, await self.encode(prompt)
+        return prompt, await self.encode(prompt, any_length=any_length)
 
     def _choose_lane(self) -> Lane:
         ready = [lane for lane in self._lanes if lane.ready]

@@ -76,7 +76,7 @@ class Lane:
     @property
     def sequences(self) -> int:
         """How many its requests ask for."""
-        return sum(job.params.n for job in self.jobs.values())
+        return sum(job.params.num_sequences for job in self.jobs.values())
 
     def watch(self, seconds: float) -> None:
         """So much time went by. It is counted, not read from a clock: while this process itself is stopped,

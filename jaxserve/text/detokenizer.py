@@ -1,6 +1,6 @@
 """Token ids to text as they come, never half a character, at a constant cost per token.
 
-What the pieces join to is what decoding all the ids at once gives.
+What the pieces join to is what decoding all the ids at once gives, but for spaces that are not wanted.
 """
 
 import codecs
@@ -25,15 +25,17 @@ def new_detokenizer(
     prompt: Sequence[int] = (),
     skip_special_tokens: bool = True,
     shown: Collection[int] = (),
+    spaces: bool = True,
 ) -> Detokenizer:
     """For the text that follows `prompt`; the text of `prompt` itself is not given out.
 
-    `shown`: special tokens that are not skipped in any case.
+    `shown`: special tokens that are not skipped in any case; `spaces`: those stay that a decoder puts between
+    special tokens, as WordPiece's does, and byte-level ones don't.
     """
     skip = tokenizer.special_ids.difference(shown) if skip_special_tokens else frozenset()
     if tokenizer.byte_level:
         return ByteLevel(tokenizer, skip)
-    return Windowed(tokenizer, skip, prompt)
+    return Windowed(tokenizer, skip, prompt, frozenset() if spaces else tokenizer.special_ids)
 
 
 class ByteLevel:
@@ -58,9 +60,14 @@ class Windowed:
     them), so a run is held until the token after it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip: frozenset[int], prompt: Sequence[int]):
+    def __init__(
+        self, tokenizer: Tokenizer, skip: frozenset[int], prompt: Sequence[int], tight: frozenset[int]
+    ):
+        """`tight`: tokens with no space between them."""
         self._tokenizer = tokenizer
         self._skip = skip
+        self._tight = tight
+        self._last = prompt[-1] if prompt else None
         self._context = [token for token in prompt[-CONTEXT:] if token not in tokenizer.special_ids]
         self._shown = self._decode(self._context)
         self._run: list[int] = []
@@ -68,10 +75,14 @@ class Windowed:
     def push(self, token_id: int) -> str:
         if token_id in self._skip or self._tokenizer.backend.id_to_token(token_id) is None:
             return ""
+        tight = token_id in self._tight and self._last in self._tight
+        self._last = token_id
         self._run.append(token_id)
         if token_id in self._tokenizer.raw_bytes:
             return ""
         added = self.flush()
+        if tight:
+            added = added.lstrip(" ")
         # The context must show something: a decoder that trims its start would trim the next token.
         for context in (self._context[-1:], self._context[-2:]):
             if shown := self._decode(context):

@@ -5,22 +5,23 @@ The same for the in-process engine and for the HTTP process.
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.source import Grammar
 from jaxserve.engine.grammar.source import grammar as write_grammar
 from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
 from jaxserve.errors import InvalidRequest
-from jaxserve.outputs import ErrorCode, RequestOutput
+from jaxserve.outputs import CompletionOutput, ErrorCode, RequestOutput
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.text import bad_words
 from jaxserve.text.reading import MakeParser
 from jaxserve.text.sequence import OutputSequence
 from jaxserve.text.tokenizer import Tokenizer
 
 
 class OutputProcessor:
-    """Keeps every request that is under way; a request with `n` > 1 is `n` core requests."""
+    """Keeps every request that is under way; one of several sequences is as many core requests."""
 
     def __init__(
         self,
@@ -68,23 +69,31 @@ class OutputProcessor:
 
         Raises InvalidRequest for what the model, its context or its pool cannot take.
         """
-        prompt_token_ids = list(prompt_token_ids)  # the caller may go on to change it
+        # a copy, because the caller may go on to change it
+        prompt_token_ids = truncated(prompt_token_ids, params, self._max_request_tokens)
         if request_id in self._requests:
             raise InvalidRequest(f"request_id {request_id!r} is already in use", "request_id")
         max_tokens = self._max_tokens(len(prompt_token_ids), params.max_tokens)  # before millions are checked
         check_token_ids(prompt_token_ids, self._vocab_size, "prompt")
         check_token_ids(params.stop_token_ids or (), self._vocab_size, "stop_token_ids")
         check_token_ids(params.allowed_token_ids or (), self._vocab_size, "allowed_token_ids")
-        check_token_ids(list(params.logit_bias or ()), self._vocab_size, "logit_bias")
+        self._check_bias(params.logit_bias or {})
+        if params.min_tokens > max_tokens:
+            told = f"min_tokens is {params.min_tokens}, and no more than {max_tokens} tokens can come"
+            raise InvalidRequest(told, "min_tokens")
+        if params.num_sequences > params.n and params.output_kind == "delta":
+            told = f"best_of must be n, {params.n}, in a stream: which are best is known at their ends"
+            raise InvalidRequest(told, "best_of")
         _refuse_not_yet(params)
         if params.priority and not self._priorities:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
         grammar = self._grammar(params.structured_outputs)
+        banned = self._bad_words(params.bad_words or [])
         eos = [] if params.ignore_eos else self._eos
         request = _Request(request_id, next(self._serials), prompt, prompt_token_ids, params)
-        for i in range(params.n):
+        for i in range(params.num_sequences):
             sequence = OutputSequence(
                 i, prompt_token_ids, params, self._tokenizer, frozenset(eos), make_parser
             )
@@ -110,15 +119,16 @@ class OutputProcessor:
                 logits_processors=params.logits_processors,
                 seed=params.seed,
                 sample_index=i,
+                bad_words=banned,
                 grammar=grammar,
-                logprobs=params.logprobs,
+                logprobs=0 if request.ranked and params.logprobs is None else params.logprobs,
                 stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
                 cache_salt=cache_salt,
                 tenant=tenant,
                 priority=params.priority,
                 follows=follows or i > 0,
             )
-            for i in range(params.n)
+            for i in range(params.num_sequences)
         ]
 
     def process(self, outputs: list[CoreOutput]) -> tuple[list[RequestOutput], list[Abort]]:
@@ -180,6 +190,17 @@ class OutputProcessor:
             self._written = wanted, write_grammar(wanted, self._tokenizer.special_tokens)
         return self._written[1]
 
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        if words and self._tokenizer is None:
+            raise InvalidRequest("bad_words need a tokenizer, and this model has none", "bad_words")
+        return bad_words.token_sequences(words, self._tokenizer, self._vocab_size) if self._tokenizer else []
+
+    def _check_bias(self, bias: Mapping[int, float]) -> None:
+        for token in bias:
+            if self._vocab_size is not None and token >= self._vocab_size:
+                told = f"logit_bias is for token ids between 0 and {self._vocab_size - 1}, not {token}"
+                raise InvalidRequest(told, f"logit_bias[{token}]")
+
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
             raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
@@ -205,11 +226,7 @@ class OutputProcessor:
 
 
 _NOT_YET = {
-    "best_of": None,
-    "bad_words": None,
     "prompt_logprobs": None,
-    "truncate_prompt_tokens": None,
-    "spaces_between_special_tokens": True,
 }
 
 
@@ -217,6 +234,14 @@ def _refuse_not_yet(params: SamplingParams) -> None:
     for name, nothing in _NOT_YET.items():
         if getattr(params, name) not in (nothing, [], {}):
             raise InvalidRequest(f"{name} is not supported yet", name, "unsupported_field")
+
+
+def truncated(prompt: Sequence[int], params: SamplingParams, limit: int | None) -> list[int]:
+    """The prompt's last tokens, as many as are to be kept; `limit`: most that a request can have."""
+    keep = params.truncate_prompt_tokens
+    if keep == -1 and limit is not None:
+        keep = max(1, limit - (params.max_tokens or 1))
+    return list(prompt if keep is None else prompt[-keep:])
 
 
 def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:
@@ -240,7 +265,10 @@ class _Request:
         self._serial = serial
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self.kind = params.output_kind
+        self.ranked = params.num_sequences > params.n
+        """The best are given, once all have ended."""
+        self.kind = "final" if self.ranked else params.output_kind
+        self._given = params.n
         self.sequences: list[OutputSequence] = []
         self.error: str | None = None
         self.error_code: ErrorCode | None = None
@@ -267,14 +295,22 @@ class _Request:
             self._told.update(s.index for s in sequences if s.finish_reason is not None)
             if not sequences:
                 return None
+        outputs = [sequence.take(clear=self.kind == "delta") for sequence in sequences]
+        unused: list[CompletionOutput] = []
+        if self.ranked:
+            outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
+            outputs, unused = outputs[: self._given], outputs[self._given :]
+            for i, output in enumerate(outputs):
+                output.index = i
         return RequestOutput(
             request_id=self.id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[sequence.take(clear=self.kind == "delta") for sequence in sequences],
+            outputs=outputs,
             finished=finished,
             error=self.error,
             error_code=self.error_code,
             error_param=self.error_param,
             num_cached_tokens=self.cached_tokens,
+            num_unused_tokens=sum(len(output.token_ids) for output in unused),
         )

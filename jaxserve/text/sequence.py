@@ -37,13 +37,16 @@ class OutputSequence:
             if make_parser is not None:
                 self._reader = Reader(make_parser(), tokenizer)
             tags = self._reader.tags if self._reader else ()
-            self._detokenizer = new_detokenizer(tokenizer, prompt, params.skip_special_tokens, tags)
+            self._detokenizer = new_detokenizer(
+                tokenizer, prompt, params.skip_special_tokens, tags, params.spaces_between_special_tokens
+            )
         self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self._stop_reason: int | str | None = None
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        ranked = params.num_sequences > params.n
+        self._cumulative_logprob = None if params.logprobs is None and not ranked else 0.0
 
     def add(self, out: CoreOutput, now: float) -> bool:
         """Takes a step's tokens; True when a stop string ended the sequence, which the core must hear."""
@@ -56,7 +59,8 @@ class OutputSequence:
         for i, token in enumerate(out.token_ids):
             self.metrics.num_generation_tokens += 1
             self._token_ids.append(token)
-            if out.logprobs is not None and self._logprobs is not None:
+            if out.logprobs is not None and self._cumulative_logprob is not None:
+                self._cumulative_logprob += out.logprobs[i].logprobs[0]
                 self._add_logprobs(out.logprobs[i])
             silent = stop_token is not None and i == last and not self._params.include_stop_str_in_output
             if not silent and self._detokenizer and self._push(token):
@@ -132,13 +136,13 @@ class OutputSequence:
         self._end(reason, None if stop_token in self._eos else stop_token)
 
     def _add_logprobs(self, step: TokenLogprobs) -> None:
+        if self._logprobs is None:
+            return
         entry = {step.token_ids[0]: self._logprob(step.token_ids[0], step.logprobs[0], step.rank)}
         for rank, (token, logprob) in enumerate(zip(step.token_ids[1:], step.logprobs[1:], strict=True), 1):
             if token not in entry:
                 entry[token] = self._logprob(token, logprob, rank)
-        assert self._logprobs is not None and self._cumulative_logprob is not None
         self._logprobs.append(entry)
-        self._cumulative_logprob += step.logprobs[0]
 
     def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
         return Logprob(logprob, rank, self._tokenizer.token_text(token) if self._tokenizer else None)

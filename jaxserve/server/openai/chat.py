@@ -18,6 +18,7 @@ from jaxserve.server.openai.responses import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatLogprobs,
     ChunkChoice,
     ChunkEncoder,
     Delta,
@@ -26,6 +27,7 @@ from jaxserve.server.openai.responses import (
 )
 from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
+from jaxserve.text.output import truncated
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -33,15 +35,14 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     request, conversation = parse_chat(body)
     model = state.check_model(request.model)
     params = request.params(state.engine.default_params)
-    text, prompt = await render(state, conversation)
+    text, prompt = await render(state, conversation, params.truncate_prompt_tokens is not None)
+    prompt = truncated(prompt, params, state.engine.max_model_len)
     assert state.engine.tokenizer is not None
     formats = state.engine.formats
     make_parser, params = formats.reading(state.engine.tokenizer, conversation, text, params)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
-    generation = Generation(
-        state, [prompt], cache_salt, caller, params, written, make_parser=make_parser
-    )
+    generation = Generation(state, [prompt], cache_salt, caller, params, written, make_parser=make_parser)
     echo = conversation.last_text if request.echo else ""
     id = f"chatcmpl-{caller.request_id}"
     reply = _Reply(id, model, request, prompt, echo, state.engine.tokenizer, generation)
@@ -79,7 +80,7 @@ class _Reply:
                     sequence.index,
                     self._answer.message(sequence, self._echo),
                     self._answer.finish_reason(sequence),
-                    chat_logprobs(sequence, self._top, self._tokenizer),
+                    self._logprobs(sequence),
                     self._token_ids(sequence),
                 )
                 for sequence in output.outputs
@@ -120,7 +121,7 @@ class _Reply:
                 deltas = self._answer.deltas(sequence)
                 if sequence.logprobs or token_ids:
                     deltas = deltas or [Delta(content=nothing)]
-                    logprobs = chat_logprobs(sequence, self._top, self._tokenizer)
+                    logprobs = self._logprobs(sequence)
                     choices.append(ChunkChoice(index, deltas.pop(0), logprobs=logprobs, token_ids=token_ids))
                 choices.extend(ChunkChoice(index, delta) for delta in deltas)
                 if sequence.finish_reason is not None:
@@ -130,6 +131,10 @@ class _Reply:
         await self._generation.run(show, events.taken)
         if self._request.include_usage:
             events.write(msgspec.json.encode(self._chunk(self._generation.usage)))
+
+    def _logprobs(self, sequence: CompletionOutput) -> ChatLogprobs | None:
+        as_ids = bool(self._request.return_tokens_as_token_ids)
+        return chat_logprobs(sequence, self._top, self._tokenizer, as_ids)
 
     def _token_ids(self, sequence: CompletionOutput) -> list[int] | UnsetType:
         return sequence.token_ids if self._request.return_token_ids else UNSET

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, RequestOutput
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.generation import Generation, PromptsOnly
 from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
@@ -28,21 +29,22 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
     prompts = _prompts(request.prompt)
     written = {"prompt": "prompt[0]"} if _is_batch(request.prompt) else {}
     params = request.params(state.engine.default_params)
-    if len(prompts) * params.n > MAX_SEQUENCES:
-        told = f"{len(prompts)} prompts with n = {params.n} are more than {MAX_SEQUENCES} sequences"
-        raise InvalidRequest(told, "n", "invalid_value")
+    if len(prompts) * params.num_sequences > MAX_SEQUENCES:
+        name = "n" if params.best_of is None else "best_of"
+        told = f"{len(prompts)} prompts with {name} = {params.num_sequences}"
+        raise InvalidRequest(f"{told} are more than {MAX_SEQUENCES} sequences", name, "invalid_value")
     tokenizer = state.engine.tokenizer
     if request.echo and tokenizer is None:
         raise InvalidRequest("echo needs a tokenizer, and this model has none", "echo")
     special = request.add_special_tokens is not False
     generation: Generation | PromptsOnly
     if request.only_echo:
-        generation = PromptsOnly(state.engine, prompts, params.n, written, special)
+        generation = PromptsOnly(state.engine, prompts, params, written, special)
     else:
         cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
         generation = Generation(state, prompts, cache_salt, caller, params, written, special)
     id = f"cmpl-{caller.request_id}"
-    reply = _Reply(id, model, request, prompts, generation, tokenizer, params.skip_special_tokens)
+    reply = _Reply(id, model, request, prompts, generation, tokenizer, params)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
@@ -83,7 +85,7 @@ class _Reply:
         prompts: list[str | list[int]],
         generation: Generation | PromptsOnly,
         tokenizer: Tokenizer | None,
-        skip_special_tokens: bool,
+        params: SamplingParams,
     ):
         self._id = id
         self._model = model
@@ -92,7 +94,7 @@ class _Reply:
         self._begun: set[int] = set()
         self._generation = generation
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._params = params
         self._offsets: dict[int, TextOffsets] = {}
 
     async def whole(self) -> Response:
@@ -123,29 +125,37 @@ class _Reply:
         if sequence.logprobs is not None:
             if index not in self._offsets:
                 self._offsets[index] = self._text_offsets(output.prompt_token_ids)
-            logprobs = completion_logprobs(sequence, self._request.logprobs or 0, self._offsets[index])
+            logprobs = completion_logprobs(
+                sequence,
+                self._request.logprobs or 0,
+                self._offsets[index],
+                bool(self._request.return_tokens_as_token_ids),
+            )
         choice = CompletionChoice(index, sequence.text, sequence.finish_reason, logprobs)
         if self._request.return_token_ids:
             choice.token_ids = sequence.token_ids
         if index not in self._begun:
             self._begun.add(index)
             if self._request.echo:
-                choice.text = self._prompt_text(prompt) + choice.text
+                choice.text = self._prompt_text(prompt, output.prompt_token_ids) + choice.text
             if self._request.return_token_ids:
                 choice.prompt_token_ids = output.prompt_token_ids
         return choice
 
-    def _prompt_text(self, i: int) -> str:
+    def _prompt_text(self, i: int, used: list[int]) -> str:
         prompt = self._prompts[i]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self._params.truncate_prompt_tokens is None:
             return prompt
         assert self._tokenizer is not None
-        return self._tokenizer.decode(prompt, self._skip_special_tokens)
+        return self._tokenizer.decode(used, self._params.skip_special_tokens)
 
     def _text_offsets(self, prompt: list[int]) -> TextOffsets:
-        if self._tokenizer is None:
+        params = self._params
+        if self._tokenizer is None or not params.detokenize:
             return TextOffsets(None)
-        return TextOffsets(new_detokenizer(self._tokenizer, prompt, self._skip_special_tokens))
+        spaces = params.spaces_between_special_tokens
+        detokenizer = new_detokenizer(self._tokenizer, prompt, params.skip_special_tokens, spaces=spaces)
+        return TextOffsets(detokenizer)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
         shown = usage if usage or self._request.include_usage else UNSET

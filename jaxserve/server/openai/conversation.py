@@ -99,8 +99,9 @@ def take_conversation(body: dict[str, Any]) -> Conversation:
     return to_struct(mine, Conversation)
 
 
-async def render(state: ServerState, conversation: Conversation) -> Rendered:
-    """The prompt and its tokens; other requests go on meanwhile. Raises InvalidRequest."""
+async def render(state: ServerState, conversation: Conversation, any_length: bool = False) -> Rendered:
+    """The prompt and its tokens; other requests go on meanwhile. Raises InvalidRequest, unless `any_length`
+    also for a prompt that is far too long."""
     tokenizer = state.engine.tokenizer
     if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer: send token ids to /v1/completions", "messages")
@@ -119,7 +120,8 @@ async def render(state: ServerState, conversation: Conversation) -> Rendered:
     else:
         text = await asyncio.to_thread(tokenizer.template().render, messages, **options)
     with renamed({"prompt": "messages"}):
-        return Rendered(text, await state.engine.encode(text, bool(conversation.add_special_tokens)))
+        special = bool(conversation.add_special_tokens)
+        return Rendered(text, await state.engine.encode(text, special, any_length))
 
 
 async def _render_apart(job: bytes) -> str:

@@ -14,7 +14,7 @@ from jaxserve.server.endpoint import Caller
 from jaxserve.server.errors import ApiError, unavailable
 from jaxserve.server.openai.responses import Usage
 from jaxserve.server.state import ServerState
-from jaxserve.text.output import check_token_ids
+from jaxserve.text.output import check_token_ids, truncated
 from jaxserve.text.reading import MakeParser
 
 Show = Callable[[int, RequestOutput], None]
@@ -88,7 +88,8 @@ class Generation:
         with renamed(written):
             content = self._prompts[i]
             if isinstance(content, str) and not self._add_special_tokens:
-                content = await self._engine.encode(content, add_special_tokens=False)
+                any_length = self._params.truncate_prompt_tokens is not None
+                content = await self._engine.encode(content, False, any_length)
             kind = "prompt" if isinstance(content, str) else "prompt_token_ids"
             prompt = {kind: content, "cache_salt": self._cache_salt}
             return await self._engine.submit(
@@ -140,7 +141,7 @@ class PromptsOnly:
         self,
         engine: AsyncEngine,
         prompts: Sequence[str | list[int]],
-        n: int,
+        params: SamplingParams,
         written: dict[str, str],
         add_special_tokens: bool,
     ):
@@ -148,7 +149,7 @@ class PromptsOnly:
         self.usage = Usage()
         self._engine = engine
         self._prompts = prompts
-        self._n = n
+        self._params = params
         self._written = written
         self._add_special_tokens = add_special_tokens
 
@@ -158,7 +159,7 @@ class PromptsOnly:
             written = {"prompt": f"prompt[{i}]"} if len(self._prompts) > 1 else self._written
             with renamed(written):
                 ids = await self._token_ids(prompt)
-            empty = [CompletionOutput(k, "", [], finish_reason="length") for k in range(self._n)]
+            empty = [CompletionOutput(k, "", [], finish_reason="length") for k in range(self._params.n)]
             output = RequestOutput("", None, ids, empty, finished=True)
             self.usage.count_prompt(output)
             show(i, output)
@@ -166,9 +167,10 @@ class PromptsOnly:
         await taken()
 
     async def _token_ids(self, prompt: str | list[int]) -> list[int]:
+        limit, any_length = self._engine.max_model_len, self._params.truncate_prompt_tokens is not None
         text = isinstance(prompt, str)
-        ids = await self._engine.encode(prompt, self._add_special_tokens) if text else prompt
-        limit = self._engine.max_model_len
+        ids = await self._engine.encode(prompt, self._add_special_tokens, any_length) if text else prompt
+        ids = truncated(ids, self._params, limit)
         if not ids:
             raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
         if limit is not None and len(ids) > limit:

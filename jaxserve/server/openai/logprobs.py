@@ -11,13 +11,16 @@ LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-def chat_logprobs(output: CompletionOutput, top: int, tokenizer: Tokenizer | None) -> ChatLogprobs | None:
+def chat_logprobs(
+    output: CompletionOutput, top: int, tokenizer: Tokenizer | None, as_ids: bool = False
+) -> ChatLogprobs | None:
+    """`as_ids`: tokens are shown by their numbers, not by their texts; their bytes are shown in any case."""
     if output.logprobs is None:
         return None
 
     def entry(token: int, logprob: Logprob) -> TopLogprob:
         spelled = tokenizer.token_bytes(token) if tokenizer else b""
-        return TopLogprob(logprob.decoded_token or "", _finite(logprob), list(spelled))
+        return TopLogprob(_shown(token, logprob, as_ids), _finite(logprob), list(spelled))
 
     content = []
     for token, chosen, likeliest in _positions(output, top):
@@ -43,19 +46,19 @@ class TextOffsets:
 
 
 def completion_logprobs(
-    output: CompletionOutput, top: int, offsets: TextOffsets
+    output: CompletionOutput, top: int, offsets: TextOffsets, as_ids: bool = False
 ) -> CompletionLogprobs | None:
     """`offsets`: the choice's, over all of its outputs."""
     if output.logprobs is None:
         return None
     result = CompletionLogprobs([], [], [] if top else None, [])
     for token, chosen, likeliest in _positions(output, top):
-        text = chosen.decoded_token or ""
+        text = _shown(token, chosen, as_ids)
         result.tokens.append(text)
         result.token_logprobs.append(_finite(chosen))
         result.text_offset.append(offsets.place(token))
         if result.top_logprobs is not None:
-            shown = {logprob.decoded_token or "": _finite(logprob) for _, logprob in likeliest}
+            shown = {_shown(id, logprob, as_ids): _finite(logprob) for id, logprob in likeliest}
             own = {text: _finite(chosen)}  # two tokens may read the same
             result.top_logprobs.append(own | shown | own)
     return result
@@ -69,6 +72,10 @@ def _positions(
         likeliest = [(id, logprob) for id, logprob in logprobs.items() if (logprob.rank or 0) <= top]
         likeliest.sort(key=lambda pair: -pair[1].logprob)
         yield token, logprobs[token], likeliest[:top]
+
+
+def _shown(token: int, logprob: Logprob, as_ids: bool) -> str:
+    return f"token_id:{token}" if as_ids else logprob.decoded_token or ""
 
 
 def _finite(logprob: Logprob) -> float:

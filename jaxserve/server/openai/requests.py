@@ -1,5 +1,6 @@
 """OpenAI's request bodies, as far as they are served. Types are exact, unknown fields are refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -45,17 +46,29 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
 
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    detokenize: bool | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     priority: int | None = None
     response_format: dict[str, Any] | None = None
@@ -67,6 +80,7 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     guided_whitespace_pattern: Any = None
     echo: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -99,7 +113,8 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
         self, default_params: DefaultParams, written: dict[str, str], **special: Any
     ) -> SamplingParams:
         """The fields both have, and `special` ones; `written` maps a parameter to the field it came from."""
-        given = {name: getattr(self, name) for name in _SHARED} | {"structured_outputs": self.constraint}
+        given = {name: getattr(self, name) for name in _SHARED}
+        given |= {"structured_outputs": self.constraint, "logit_bias": _logit_bias(self.logit_bias)}
         given = {name: value for name, value in (given | special).items() if value is not None}
         kind = "delta" if self.stream else "final"
         with renamed(written):
@@ -107,9 +122,20 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
 
 
 _SHARED = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos"),
-    *("include_stop_str_in_output", "skip_special_tokens", "priority"),
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty"),
+    *("frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "seed", "stop"),
+    *("stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("detokenize", "ignore_eos", "min_tokens", "truncate_prompt_tokens", "priority"),
 )
+
+
+def _logit_bias(bias: dict[str, Any] | None) -> dict[int, Any] | None:
+    """By token ids, which are text as keys of JSON."""
+    for key in bias or ():
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
+            told = f"the keys of logit_bias must be token ids, not {key!r}"
+            raise InvalidRequest(told, f"logit_bias[{key}]", "invalid_value")
+    return None if bias is None else {int(key): value for key, value in bias.items()}
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):

@@ -33,6 +33,7 @@ class Usage(msgspec.Struct):
 
     def count_output(self, output: RequestOutput) -> None:
         self.completion_tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
+        self.completion_tokens += output.num_unused_tokens
         reasoning = sum(sequence.reasoning_tokens for sequence in output.outputs)
         self.completion_tokens_details.reasoning_tokens += reasoning
         self.total_tokens = self.prompt_tokens + self.completion_tokens

@@ -15,7 +15,7 @@ from jaxserve.server.openai.requests import parse_chat
 from jaxserve.server.openai.responses import json_response
 from jaxserve.server.state import ServerState
 from jaxserve.structs import to_struct
-from jaxserve.text.output import check_token_ids
+from jaxserve.text.output import check_token_ids, truncated
 from jaxserve.text.tokenizer import Tokenizer
 
 INLINE = 4096
@@ -56,9 +56,9 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
     state.check_model(request.model)
     params = request.params(state.engine.default_params)
     tokenizer = _tokenizer(state)
-    rendered = await render(state, conversation)
-    state.engine.formats.reading(tokenizer, conversation, rendered.text, params)
-    return json_response(Render(*rendered))
+    text, tokens = await render(state, conversation, params.truncate_prompt_tokens is not None)
+    state.engine.formats.reading(tokenizer, conversation, text, params)
+    return json_response(Render(text, truncated(tokens, params, state.engine.max_model_len)))
 
 
 async def tokenize(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
