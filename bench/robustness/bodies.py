@@ -16,7 +16,9 @@ SHARED = (
     *("stream_options", "user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"),
     *("verbosity", "presence_penalty", "logit_bias", "response_format", "echo", "store", "best_of"),
     *("priority", "prompt_logprobs", "allowed_token_ids", "structured_outputs", "request_id"),
-    *("return_token_ids", "add_special_tokens"),
+    *("return_token_ids", "add_special_tokens", "frequency_penalty", "repetition_penalty", "typical_p"),
+    *("bad_words", "min_tokens", "truncate_prompt_tokens", "spaces_between_special_tokens", "detokenize"),
+    "return_tokens_as_token_ids",
 )
 OWN = {
     "/v1/chat/completions": (

@@ -1,5 +1,7 @@
 """Fields of chat and completions about the prompt: OpenAI's client, and a core that repeats the prompt."""
 
+import json
+
 import openai
 import pytest
 
@@ -162,3 +164,82 @@ def test_request_id_is_the_answers_name(http, path, stream):
     assert '"id":"chatcmpl-mine-1"' in response.text or '"id":"cmpl-mine-1"' in response.text
     refused = http.post(path, json=body | {"temperature": -1})
     assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_prompt_that_is_truncated(http, path):
+    prompt = (
+        {"messages": [{"role": "user", "content": "x" * 10_000}]} if "chat" in path else {"prompt": "ab" * 9}
+    )
+    keep = 3 if "chat" in path else 5
+    body = {"truncate_prompt_tokens": keep, "max_tokens": 2, "return_token_ids": True, **prompt}
+    reply = http.post(path, json=body).json()
+    prompt = reply.get("prompt_token_ids") or reply["choices"][0]["prompt_token_ids"]
+    assert len(prompt) == keep == reply["usage"]["prompt_tokens"]
+    assert reply["choices"][0]["token_ids"] == prompt[:2]
+    rest = http.post(path, json=body | {"truncate_prompt_tokens": -1, "max_tokens": 510}).json()
+    assert rest["usage"]["prompt_tokens"] == 2
+
+
+def test_a_text_of_any_length_can_be_truncated(launch, model_dir):
+    with launch({"max_body_size": 4_000_000}).wait_ready().http as http:
+        body = {"prompt": "a" * 3_000_000, "max_tokens": 1}
+        assert http.post("/v1/completions", json=body).json()["error"]["code"] == "context_length_exceeded"
+        for more in ({}, {"add_special_tokens": False}, {"echo": True, "max_tokens": 0}):
+            kept = http.post("/v1/completions", json=body | {"truncate_prompt_tokens": 7} | more)
+            assert kept.json()["usage"]["prompt_tokens"] == 7
+
+
+def test_echo_and_rendering_show_what_was_kept(http):
+    for more in ({"max_tokens": 1}, {"max_tokens": 0}):
+        body = {"prompt": "abcdef", "echo": True, "truncate_prompt_tokens": 2, **more}
+        assert http.post("/v1/completions", json=body).json()["choices"][0]["text"].startswith("ef")
+    rendered = http.post(
+        "/v1/chat/completions/render", json={"messages": [USER], "truncate_prompt_tokens": 3}
+    )
+    assert len(rendered.json()["prompt_token_ids"]) == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_best_of_gives_n_and_counts_all(http, path):
+    prompt = {"messages": [USER]} if "chat" in path else {"prompt": ["Hi", "Ho"]}
+    prompts = 1 if "chat" in path else 2
+    reply = http.post(path, json={"n": 2, "best_of": 5, "max_tokens": 3, **prompt}).json()
+    assert [choice["index"] for choice in reply["choices"]] == [*range(2 * prompts)]
+    assert all(choice["logprobs"] is None for choice in reply["choices"])
+    assert reply["usage"]["completion_tokens"] == 3 * 5 * prompts
+    streamed = http.post(path, json={"n": 2, "best_of": 2, "max_tokens": 3, "stream": True, **prompt})
+    assert streamed.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_without_text_there_are_still_tokens(http, path, stream):
+    prompt = {"messages": [USER]} if "chat" in path else {"prompt": "Hello"}
+    body = {"detokenize": False, "return_token_ids": True, "max_tokens": 4, "stream": stream, **prompt}
+    answer = http.post(path, json=body)
+    lines = answer.text.split("\n\n")[:-2] if stream else [answer.text]
+    choices = [choice for line in lines for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    said = [
+        choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content")
+        for choice in choices
+    ]
+    assert not any(said)
+    assert sum(len(choice.get("token_ids") or []) for choice in choices) == 4
+
+
+def test_tokens_as_token_ids(http):
+    asked = {"max_tokens": 2, "return_tokens_as_token_ids": True}
+    chat = http.post(
+        "/v1/chat/completions", json={"messages": [USER], "logprobs": True, "top_logprobs": 2, **asked}
+    ).json()
+    tokens = http.post("/v1/chat/completions/render", json={"messages": [USER]}).json()["prompt_token_ids"]
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [f"token_id:{token}" for token in tokens[:2]]
+    top = [entry["token"] for entry in content[0]["top_logprobs"]]
+    assert top == ["token_id:10", f"token_id:{tokens[0]}"]
+    assert bytes(content[0]["bytes"]).decode() == "<|user|>"
+    reply = http.post("/v1/completions", json={"prompt": [40, 41], "logprobs": 2, **asked}).json()
+    logprobs = reply["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:40", "token_id:41"]
+    assert logprobs["top_logprobs"][0].keys() == {"token_id:40", "token_id:10"}

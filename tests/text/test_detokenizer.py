@@ -105,3 +105,20 @@ def test_memory_of_the_stream_stays_small(byte_fallback_tokenizer):
     detokenizer = new_detokenizer(byte_fallback_tokenizer)
     assert len("".join(detokenizer.push(space) for _ in range(500))) == 499
     assert len(detokenizer._context) <= 2
+
+
+def test_spaces_between_special_tokens(tokenizer):
+    """Those that a decoder puts there, and no others."""
+    special = sorted(tokenizer.special_ids)[:2]
+    word = tokenizer.encode("fox", add_special_tokens=False)
+    ids = [*word, *special, *special, *word, special[0]]
+
+    def shown(spaces: bool) -> str:
+        detokenizer = new_detokenizer(tokenizer, (), False, spaces=spaces)
+        return "".join([*map(detokenizer.push, ids), detokenizer.flush()])
+
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    a, b = (tokenizer.spelled([token])[0] for token in special)
+    assert shown(True) == whole
+    assert shown(False) == whole.replace(f"{a} {b}", a + b).replace(f"{b} {a}", b + a)
+    assert a + b + a + b in shown(False)

@@ -72,6 +72,12 @@ class TestAdd:
             ([5, -1], {}, "prompt[1]", ["-1"]),
             ([5, True], {}, "prompt[1]", ["True"]),
             ([5], {"stop_token_ids": [5, 401]}, "stop_token_ids[1]", ["401"]),
+            ([5], {"allowed_token_ids": [5, 401]}, "allowed_token_ids[1]", ["401"]),
+            ([5], {"logit_bias": {5: 1.0, 401: 1.0}}, "logit_bias[401]", ["401", "400"]),
+            ([5] * 90, {"min_tokens": 11, "max_tokens": None}, "min_tokens", ["11", "10"]),
+            ([5], {"best_of": 2, "output_kind": "delta"}, "best_of", ["stream"]),
+            ([5] * 50, {"max_tokens": 51, "truncate_prompt_tokens": 50}, "max_tokens", ["101"]),
+            ([5] * 50, {"max_tokens": 100, "truncate_prompt_tokens": -1}, "max_tokens", ["101"]),
         ],
     )
     def test_refusals(self, tok, prompt, more, param, words):
@@ -101,10 +107,108 @@ class TestAdd:
         with pytest.raises(InvalidRequest, match="tokenizer") as error:
             proc.add("a", None, [5], SamplingParams(stop="x"))
         assert error.value.param == "stop"
+        with pytest.raises(InvalidRequest, match="tokenizer") as error:
+            proc.add("a", None, [5], SamplingParams(bad_words=["x"]))
+        assert error.value.param == "bad_words"
         with pytest.raises(InvalidRequest, match="between 0 and 49"):
             proc.add("a", None, [50], SamplingParams())
         shown, _ = generate(proc, [7, 8], SamplingParams(output_kind="delta"))
         assert [(o.outputs[0].text, o.outputs[0].token_ids) for o in shown] == [("", [7]), ("", [8])]
+
+    def test_what_shapes_logits_reaches_the_core(self, tok):
+        fields = {
+            "typical_p": 0.5,
+            "presence_penalty": 0.1,
+            "frequency_penalty": 0.2,
+            "repetition_penalty": 1.3,
+            "logit_bias": {7: -1.0},
+            "allowed_token_ids": [7, 8],
+            "min_tokens": 3,
+        }
+        [core] = processor(tok).add("a", None, [5], SamplingParams(**fields))
+        assert {name: getattr(core, name) for name in fields} == fields
+        assert core.stop_token_ids == [EOS]
+
+    @pytest.mark.parametrize(
+        ("keep", "max_tokens", "kept"), [(3, 5, 3), (60, 5, 50), (-1, 70, 30), (-1, None, 50), (1, 5, 1)]
+    )
+    def test_a_truncated_prompt_keeps_its_end(self, tok, keep, max_tokens, kept):
+        prompt = [*range(2, 52)]
+        params = SamplingParams(truncate_prompt_tokens=keep, max_tokens=max_tokens, output_kind="final")
+        proc = processor(tok)
+        [core] = proc.add("a", "text", prompt, params)
+        assert core.prompt == prompt[-kept:]
+        [output], _ = proc.process([CoreOutput(id=core.id, token_ids=[7], finish_reason="length")])
+        assert (output.prompt, output.prompt_token_ids) == ("text", prompt[-kept:])
+
+    def test_a_prompt_is_truncated_before_its_length_is_checked(self, tok):
+        params = SamplingParams(truncate_prompt_tokens=-1, max_tokens=None)
+        [core] = processor(tok).add("a", None, [1000] * 10**6 + [5] * 99, params)
+        assert (core.prompt, core.max_tokens) == ([5] * 99, 1)
+
+
+class TestBadWords:
+    def banned(self, tok, *words):
+        [core] = processor(tok).add("a", None, [5], SamplingParams(bad_words=list(words)))
+        return core.bad_words
+
+    def test_a_word_at_the_beginning_and_after_a_space(self, tok):
+        alone, after = tok.encode("fox"), tok.encode(" fox")
+        assert len(after) < len(alone) + 1  # the space is part of a token
+        assert self.banned(tok, "fox") == self.banned(tok, " fox") == [alone, after]
+
+    def test_what_ends_with_another_is_left_out(self, tok):
+        assert self.banned(tok, "zq") == [tok.encode("zq")]
+        assert tok.encode(" zq")[1:] == tok.encode("zq")
+
+    def test_a_special_token_is_one(self, tok):
+        assert self.banned(tok, "<|user|>")[0] == [tok.backend.token_to_id("<|user|>")]
+
+    def test_in_a_vocabulary_that_puts_a_space_first(self, byte_fallback_tokenizer):
+        banned = self.banned(byte_fallback_tokenizer, "fox")
+        assert banned[0] == byte_fallback_tokenizer.encode("fox", add_special_tokens=False)
+
+    def test_tokens_that_the_model_does_not_have(self, tok):
+        proc = OutputProcessor(tok, [], 100, vocab_size=max(tok.encode("fox")))
+        with pytest.raises(InvalidRequest, match="fox") as error:
+            proc.add("a", None, [2], SamplingParams(bad_words=["fox"]))
+        assert error.value.param == "bad_words[0]"
+
+
+class TestBestOf:
+    def run(self, tok, scores, **more):
+        """One request of so many sequences of these logprobs, that end one after another."""
+        proc = processor(tok)
+        params = SamplingParams(best_of=len(scores), output_kind="cumulative", **more)
+        cores = proc.add("r", None, [5, 6], params)
+        a = tok.encode("a")[0]
+        shown = []
+        for i, (core, mine) in enumerate(zip(cores, scores, strict=True)):
+            for j, score in enumerate(mine):
+                out = CoreOutput(id=core.id, token_ids=[a + i], logprobs=[TokenLogprobs([a + i], [score], 1)])
+                out.finish_reason = "length" if j == len(mine) - 1 else None
+                shown += proc.process([out])[0]
+        [output] = shown  # nothing before all have ended
+        assert not proc.has_unfinished()
+        return a, cores, output
+
+    def test_the_likeliest_are_given_in_order(self, tok):
+        a, cores, output = self.run(tok, [[-1.0, -1.0], [-0.5], [-3.0], [-0.5, -1.0]], n=2)
+        assert [core.sample_index for core in cores] == [0, 1, 2, 3]
+        assert {core.logprobs for core in cores} == {0}
+        assert [(o.index, o.token_ids[0] - a) for o in output.outputs] == [(0, 1), (1, 3)]
+        assert [o.cumulative_logprob for o in output.outputs] == [-0.5, -1.5]
+        assert output.outputs[0].logprobs is None
+        assert output.num_unused_tokens == 3
+
+    def test_equally_likely_ones_keep_their_order(self, tok):
+        a, _, output = self.run(tok, [[-1.0], [-1.0], [-1.0]], n=1, logprobs=0)
+        assert [o.token_ids for o in output.outputs] == [[a]]
+        assert len(output.outputs[0].logprobs) == 1
+
+    def test_as_many_as_are_given_are_not_ranked(self, tok):
+        params = SamplingParams(n=2, best_of=2, output_kind="delta")
+        assert [core.logprobs for core in processor(tok).add("r", None, [5], params)] == [None, None]
 
 
 class TestKinds:
