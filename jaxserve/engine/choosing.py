@@ -70,14 +70,11 @@ class Chooser:
         self._guide.fill(asking, masks)
         for row, request in asking:
             here[row] = is_shaped(request.spec)
-            mask = masks[row].copy()
             for rule in request.rules:
-                rule.narrow(mask, request.output, request.generated - 1)
-            if mask.any():
-                masks[row] = mask
-            elif request.matcher is None:  # or what the grammar says holds
+                rule.narrow(masks[row], request.output, request.generated - 1)
+            if not masks[row].any():
                 masks[row] = 2**32 - 1
-                told = "allowed_token_ids, bad_words and min_tokens together leave no token that may come"
+                told = "allowed_token_ids, bad_words, min_tokens and the output's form leave no token"
                 self._refuse(request, InvalidRequest(told, "allowed_token_ids"))
         return packed
 

@@ -28,7 +28,8 @@ def rules_of(spec: CoreRequest, vocab: int) -> list[Rule]:
     if spec.allowed_token_ids:
         rules.append(Only(_words(spec.allowed_token_ids, vocab)))
     if spec.min_tokens and spec.stop_token_ids:
-        rules.append(Not(_words(spec.stop_token_ids, vocab), until=spec.min_tokens))
+        stops = _words(spec.stop_token_ids, vocab)
+        rules.append(NotBefore(stops, spec.min_tokens, yields=spec.grammar is not None))
     if single := [words[0] for words in spec.bad_words if len(words) == 1]:
         rules.append(Not(_words(single, vocab)))
     if longer := [words for words in spec.bad_words if len(words) > 1]:
@@ -49,16 +50,29 @@ class Only:
 
 
 class Not:
-    """Tokens that may not come, or not `until` there are so many: `bad_words` of one token, `min_tokens`."""
+    """`bad_words` of one token."""
 
     late = False
 
-    def __init__(self, tokens: Words, until: int | None = None):
+    def __init__(self, tokens: Words):
         self._others = ~tokens
-        self._until = until
 
     def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
-        if self._until is None or place < self._until:
+        mask &= self._others
+
+
+class NotBefore:
+    """`min_tokens`. It `yields` where nothing but an end may come: a grammar's text may be shorter."""
+
+    late = False
+
+    def __init__(self, tokens: Words, count: int, yields: bool):
+        self._others = ~tokens
+        self._count = count
+        self._yields = yields
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        if place < self._count and not (self._yields and not np.any(mask & self._others)):
             mask &= self._others
 
 
