@@ -66,6 +66,9 @@ class RequestOutput(msgspec.Struct):
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Of the prompt's tokens, where they were asked for; None of the first. With output_kind="delta" they
+    come once, with the first output."""
     num_cached_tokens: int = 0
     num_unused_tokens: int = 0
     """Of the sequences that were generated for `best_of` and are not among the outputs."""

@@ -28,8 +28,13 @@ class Bucket(NamedTuple):
     seqs: int
 
     @property
+    def mixed(self) -> bool:
+        """Whether a sequence can have several tokens: there is room for more than there are sequences."""
+        return self.tokens > self.seqs
+
+    @property
     def name(self) -> str:
-        return f"decode[{self.seqs}]" if self.tokens == self.seqs else f"mixed[{self.tokens}]"
+        return f"mixed[{self.tokens}]" if self.mixed else f"decode[{self.seqs}]"
 
 
 class StepLayout(NamedTuple):
@@ -85,6 +90,17 @@ class StepLayout(NamedTuple):
         for place, values in zip(_places(self).values(), columns, strict=False):  # perhaps without updates
             packed[place][: len(values)] = values
         return packed
+
+    def followers(self, chunks: list[Chunk]) -> np.ndarray:
+        """int32 [tokens]: after each row the prompt's token whose logprob it is to give, -1 at others."""
+        tokens = np.full(self.bucket.tokens, -1, np.int32)
+        row = 0
+        for request, start, length, _, _ in chunks:
+            if asked := request.unscored(start, length):
+                first = row + asked.start - start
+                tokens[first : first + len(asked)] = request.spec.prompt[asked.start + 1 : asked.stop + 1]
+            row += length
+        return tokens
 
 
 @cache

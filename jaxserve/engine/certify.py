@@ -44,6 +44,8 @@ DRAWS = 16
 """Rows that a sample program is tried with, at least."""
 PLAIN = 8
 """And those of them that are tried without filters beside them."""
+SCORED_TOKEN = 0
+"""Whose logprob is asked for everywhere: what else a row tells does not depend on it."""
 STEP = 64
 """What a step costs beside its rows, in rows."""
 NOTHING = "deterministic: no program gives a row the same bits in all places on this device"
@@ -112,7 +114,7 @@ def best_class(found: dict[Bucket, Bits], seqs: int) -> list[Bucket]:
     """
     classes = []
     for first in found:
-        if not _mixed(first) or found[first].contradicted:
+        if not first.mixed or found[first].contradicted:
             continue
         known, members = Bits(), [first]
         known.add(found[first])
@@ -128,7 +130,7 @@ def best_class(found: dict[Bucket, Bits], seqs: int) -> list[Bucket]:
 
 def _cost(members: list[Bucket], seqs: int) -> float:
     """Rows that it takes to decode a token of one sequence, one of many, and to read one of a prompt."""
-    largest = max(bucket for bucket in members if _mixed(bucket))
+    largest = max(bucket for bucket in members if bucket.mixed)
 
     def decode(count: int) -> float:
         count = min(count, largest.seqs)
@@ -193,10 +195,13 @@ class _Probing:
         self._place()
         computed: list[tuple[_Probe, int]] = []
         for pieces in self._traffic(bucket):
-            logits = self._step(bucket, pieces)
-            for row, (probe, start, length) in enumerate(pieces):
+            logits, scored = self._step(bucket, pieces)
+            rows = [(probe, position) for probe, start, n in pieces for position in range(start, start + n)]
+            computed += rows
+            for row, (_, start, length) in enumerate(pieces):
                 bits.note((start + length, "logits"), logits[row])
-                computed += [(probe, position) for position in range(start, start + length)]
+            for row, (_, position) in enumerate(rows if bucket.mixed else ()):
+                bits.note((position, "scored"), scored[row])
         for (_, position), *layers in zip(computed, *self._written(computed), strict=True):
             bits.note((position, "kv"), *layers)
         return bits
@@ -236,16 +241,16 @@ class _Probing:
                 return
             yield sorted(pieces, key=lambda piece: piece[2] > 1)
             turn += 1
-            rows += bucket.tokens if _mixed(bucket) else len(pieces)
+            rows += bucket.tokens if bucket.mixed else len(pieces)
 
     def _sequences(self, bucket: Bucket, turn: int, at: dict[_Probe, int]) -> list[_Probe]:
         """Who is in a step: tails, and long chunks for what room is left or before them."""
         core, others = self._shuffled(self._tails[:CORE], at), self._shuffled(self._tails[CORE:], at)
         probes = core + others
-        if _mixed(bucket):
+        if bucket.mixed:
             wholes = self._shuffled(self._wholes, at)
             probes = probes[: max(1, bucket.seqs - len(wholes))] + wholes
-        return probes[::-1] if _mixed(bucket) and turn % 2 else probes
+        return probes[::-1] if bucket.mixed and turn % 2 else probes
 
     def _shuffled(self, probes: list[_Probe], at: dict[_Probe, int]) -> list[_Probe]:
         """Those that are not at their end."""
@@ -253,12 +258,12 @@ class _Probing:
 
     def _length(self, bucket: Bucket, left: int) -> int:
         """Of the next chunk of a probe that has so many tokens left."""
-        if not _mixed(bucket) or (left <= TAIL and self._random.random() < 0.5):
+        if not bucket.mixed or (left <= TAIL and self._random.random() < 0.5):
             return 1
         return int(self._random.integers(1, left + 1)) if left <= TAIL else left
 
-    def _step(self, bucket: Bucket, pieces: list[Piece]) -> np.ndarray:
-        """Run the bucket's program; logits [seqs, vocab]."""
+    def _step(self, bucket: Bucket, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """Run the bucket's program; logits [seqs, vocab], and what it scores of a mixed one's tokens."""
         layout, dummy = self._programs.admit_layout, self._programs.shapes.max_num_seqs
         slots, chunks = self._random.permutation(dummy).tolist(), []
         for slot, (probe, start, length) in zip(slots, pieces, strict=False):
@@ -269,8 +274,13 @@ class _Probing:
             chunks.append(Chunk(request, start, length, [], True))
         packed = self._programs.layout(bucket).pack(chunks, dummy)
         run = self._programs.forward(bucket)
-        self.kv, self.slots, logits, _ = run(self._weights, self.kv, self.slots, packed)
-        return np.asarray(logits)
+        self.kv, self.slots, logits, _, hidden = run(self._weights, self.kv, self.slots, packed)
+        scored = None
+        if bucket.mixed:
+            tokens = np.full(bucket.tokens, -1, np.int32)
+            tokens[: sum(length for _, _, length in pieces)] = SCORED_TOKEN
+            scored = self._programs.score(bucket)(self._weights, hidden, tokens)
+        return np.asarray(logits), np.asarray(scored)
 
     def _written(self, rows: list[tuple[_Probe, int]]) -> list[np.ndarray]:
         """Of each layer, keys and values [rows, 2, kv_heads, dim] of these positions, and their scales."""
@@ -282,13 +292,9 @@ class _Probing:
         return [np.asarray(array)[: len(rows)] for array in found]
 
 
-def _mixed(bucket: Bucket) -> bool:
-    return bucket.tokens > bucket.seqs
-
-
 def _enough(bucket: Bucket) -> tuple[int, int]:
     """Rows and steps that a program is tried with, at least."""
-    if _mixed(bucket):
+    if bucket.mixed:
         return ENOUGH, 2 if bucket.seqs == 1 else 1  # a single sequence is either a tail or a whole
     return ROWS, 2
 

@@ -64,14 +64,20 @@ class Flight(NamedTuple):
     logits: jax.Array | None = None
     """While the tokens are not chosen."""
     targets: jax.Array | None = None
-    """There when the device has done the forward pass."""
     sampled: jax.Array | None = None
     """None when no chunk reached the end of its sequence."""
+    scored: jax.Array | None = None
+    """Of prompts, where their logprobs are asked for."""
     error: Exception | None = None
     """Why the step could not be dispatched."""
     program: str = ""
     dispatched: float = 0.0
     """When, in seconds of `time.monotonic()`."""
+
+    @property
+    def done(self) -> jax.Array | None:
+        """There when the device has done the passes over the model."""
+        return self.targets if self.scored is None else self.scored
 
 
 class EngineCore:
@@ -299,7 +305,7 @@ class EngineCore:
 
     def _note_idle(self, now: float) -> None:
         """See whether the device has nothing to do; that counts while there are requests."""
-        last = self._flights[-1].targets if self._flights else None
+        last = self._flights[-1].done if self._flights else None
         if last is None or last.is_ready():  # type: ignore[attr-defined]
             self._step_stats.idle(now if self._scheduler.unfinished else None)
 
@@ -315,14 +321,22 @@ class EngineCore:
             self._chooser.enter(request)
         chunks = schedule.chunks
         tokens = sum(chunk.length for chunk in chunks)
-        bucket = self._programs.bucket(tokens, len(chunks))
+        scores = _scores(chunks)
+        bucket = self._programs.bucket(tokens, len(chunks), scores)
         self._tokens["padding"] += bucket.tokens - tokens
-        packed = self._programs.layout(bucket).pack(chunks, self.shapes.max_num_seqs)
+        step = self._programs.layout(bucket)
+        packed = step.pack(chunks, self.shapes.max_num_seqs)
         forward = self._programs.forward(bucket)
-        self._kv, self._slots, logits, targets = forward(self.model.weights, self._kv, self._slots, packed)
+        weights = self.model.weights
+        self._kv, self._slots, logits, targets, hidden = forward(weights, self._kv, self._slots, packed)
         dispatched = time.monotonic()
         self._step_stats.dispatched(dispatched)
-        return Flight(chunks, tokens, logits, targets, program=bucket.name, dispatched=dispatched)
+        scored = None
+        if scores:
+            scored = self._programs.score(bucket)(weights, hidden, step.followers(chunks))
+        return Flight(
+            chunks, tokens, logits, targets, scored=scored, program=bucket.name, dispatched=dispatched
+        )
 
     def _choose(self, flight: Flight) -> Flight:
         """Dispatch what chooses the tokens of a step whose forward pass is dispatched."""
@@ -348,6 +362,7 @@ class EngineCore:
         flight = self._flights[0]
         try:
             host = self._read(flight)
+            scored = None if flight.scored is None else Sampled.unpack(np.asarray(flight.scored))
         except Exception as error:
             return self._recover(flight.chunks, error)
         self._flights.popleft()
@@ -355,6 +370,8 @@ class EngineCore:
         self._failed_steps = 0
         now = time.monotonic()
         self._step_stats.finished(flight.program, flight.tokens, flight.dispatched, now)
+        if scored:
+            _keep_scores(flight.chunks, scored)
         return self._advance(flight, host, now) if host else []
 
     def _read(self, flight: Flight) -> Sampled | None:
@@ -386,13 +403,15 @@ class EngineCore:
                 continue
             output = CoreOutput(id=spec.id, token_ids=taken, finish_reason=request.finish_reason)
             if spec.logprobs is not None:
-                output.logprobs = [_logprobs(host, row, spec.logprobs)]
+                output.logprobs = _logprobs(host, row, 1, spec.logprobs)
             if taken[-1] in spec.stop_token_ids:
                 output.stop_token = taken[-1]
             if len(request.output) == len(taken):
                 self._tokens["prompt"] += len(spec.prompt)
                 output.cached_tokens = request.cached
                 output.times = (request.queued_at, request.scheduled_at or now)
+                if spec.prompt_logprobs is not None:
+                    output.prompt_logprobs = request.scores
             else:
                 gaps.append(now - request.last_token_at)
             request.last_token_at = now
@@ -455,14 +474,31 @@ def _refusal(id: str, error: BaseException) -> CoreOutput:
     return CoreOutput(id=id, finish_reason="error", error=str(error), error_code=code, error_param=param)
 
 
-def _logprobs(host: Sampled, row: int, count: int) -> TokenLogprobs:
+def _logprobs(host: Sampled, row: int, rows: int, count: int) -> list[TokenLogprobs]:
+    """Of so many rows from one on, each with the `count` likeliest."""
     assert host.logprobs is not None and host.top_tokens is not None
     assert host.top_logprobs is not None and host.ranks is not None
-    return TokenLogprobs(
-        [int(host.tokens[row]), *host.top_tokens[row, :count].tolist()],
-        [float(host.logprobs[row]), *host.top_logprobs[row, :count].tolist()],
-        int(host.ranks[row]),
-    )
+    at = slice(row, row + rows)
+    tokens = np.column_stack([host.tokens[at], host.top_tokens[at, :count]])
+    logprobs = np.column_stack([host.logprobs[at], host.top_logprobs[at, :count]])
+    return list(map(TokenLogprobs, tokens.tolist(), logprobs.tolist(), host.ranks[at].tolist()))
+
+
+def _scores(chunks: list[Chunk]) -> bool:
+    """Whether a step is to give logprobs of a prompt."""
+    asked = [chunk for chunk in chunks if chunk.request.spec.prompt_logprobs is not None]
+    return any(chunk.request.unscored(chunk.start, chunk.length) for chunk in asked)
+
+
+def _keep_scores(chunks: list[Chunk], scored: Sampled) -> None:
+    """Give the requests what a step says of their prompts. Steps are read in order, so none is left out."""
+    row = 0
+    for request, start, length, _, _ in chunks:
+        if asked := request.unscored(start, length):
+            first, count = row + asked.start - start, request.spec.prompt_logprobs
+            assert count is not None
+            request.scores += _logprobs(scored, first, len(asked), count)
+        row += length
 
 
 def _place(array: jax.Array) -> pages.Place:

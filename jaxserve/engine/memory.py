@@ -19,6 +19,7 @@ from jaxserve.engine.kernels import Kernels, check_attention
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.programs import SHAPES, VARIANTS, Shapes, ladder
 from jaxserve.engine.shaping import Shaping
+from jaxserve.engine.step import SCORED
 from jaxserve.errors import ConfigError
 from jaxserve.models.layers.activation import GATES
 from jaxserve.models.layers.attention import HeadLayout
@@ -28,6 +29,7 @@ from jaxserve.pallas_kernels.matmul.tiles import OUTS
 from jaxserve.pallas_kernels.paged_attention import PoolShape, pool_shape, why_not
 from jaxserve.pallas_kernels.paged_attention.tuning import gpu, mosaic, tpu
 from jaxserve.pallas_kernels.paged_attention.xla import CHUNK, GROUP, TILE
+from jaxserve.sampling_params import MAX_LOGPROBS
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ FORWARD_BYTES = {"native": MIB, "xla": 11 * MIB // 4}
 TPU_LAYER = {"tpu": (2 * MIB, MIB), "xla": (8 * MIB, 5 * MIB)}
 """Of a layer in a mixed and in a decode program on a TPU, by the kind of attention."""
 SAMPLE_BYTES = 2 * MIB
-"""Of a sample program."""
+"""Of a program that samples or scores."""
+SCORE_WIDTH: int = 3 + 2 * MAX_LOGPROBS
+"""Numbers that a row's scores are."""
 ROUNDED_HIDDEN = {GPU: 12, TPU: 22}
 """Bytes of a token's feature between layers whose products are rounded: measured with the compilers."""
 GPU_WORKSPACE = 64 * MIB
@@ -204,10 +208,11 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     """Bytes that the largest step takes on a device beside weights, pool and slots.
 
     A forward pass holds each token's hidden state and either the gated MLP's three widths in float32 (in 8
-    bits, its sums too; the C++ product writes one, between its input and output), or what attention needs.
-    Rounded products are half as large, but XLA keeps several of them, to add them up in the next sum.
-    Choosing tokens holds the logits six times (in XLA seven times), the model's own and the next step's
-    among them. A bound that tests/engine/test_memory.py holds against what the compiler says.
+    bits, its sums and the step's hidden states too; the C++ product writes one, between its input and
+    output), or what attention needs. Rounded products are half as large, but XLA keeps several of them, to
+    add them up in the next sum. Choosing tokens holds the logits six times (in XLA seven times), the model's
+    own and the next step's among them; scoring those of some rows as often, and a step's hidden states.
+    A bound that tests/engine/test_memory.py holds against what the compiler says.
     """
     (tokens, rows), dims, shards = max(ladder(shapes, 1)), case.dims, case.shards
     rows = max(rows, shapes.max_num_seqs)
@@ -220,15 +225,17 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
         mlp = 4 * tokens * (width + 2 * dims.hidden_size)
     else:
         # sums of 8 bits are integers of 32 before they are floats
-        in_8_bits = 14 if case.kernels.rounded else 16
-        mlp = tokens * width * (in_8_bits if case.config.quantization else 3 * result)
+        in_8_bits = tokens * (width * (14 if case.kernels.rounded else 16) + 4 * dims.hidden_size)
+        mlp = in_8_bits if case.config.quantization else 3 * tokens * width * result
     layer = max(mlp, _attention(case, shapes, tokens, rows, memory))
     tables = 2 * 4 * rows * shapes.table_width
     hidden = tokens * dims.hidden_size * (ROUNDED_HIDDEN[memory.platform] if case.kernels.rounded else 4)
     forward: int = hidden + layer + tables + logits + gathered
     workspace = {GPU: GPU_WORKSPACE, TPU: forward // 20}.get(memory.platform, 0)
     kept = 7 if case.kernels.sampler == "xla" else 6
-    return max(forward + forward // 50 + workspace, kept * logits + logits // 16) + MIB
+    states = 4 * tokens * (dims.hidden_size + SCORE_WIDTH)
+    scored: int = states + kept * 4 * SCORED * padded(shapes.vocab, 128)
+    return max(forward + forward // 50 + workspace, kept * logits + logits // 16, scored) + MIB
 
 
 def _attention(case: Case, shapes: Shapes, tokens: int, rows: int, memory: Memory) -> int:
@@ -274,6 +281,7 @@ def _runtime(case: Case, shapes: Shapes, memory: Memory) -> int:
         return 0
     buckets = ladder(shapes, memory.platform.smallest_decode)
     samples = len({bucket.seqs for bucket in buckets}) * (len(VARIANTS) + len(SHAPES))
+    samples += sum(bucket.mixed for bucket in buckets)
     if memory.platform is TPU:
         mixed, decode = TPU_LAYER["tpu" if case.kernels.attention == "tpu" else "xla"]
         layers = sum(mixed if bucket.tokens > bucket.seqs else decode for bucket in buckets) * shapes.layers

@@ -42,6 +42,7 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     logits_processors: Any = None
     """Functions of `SamplingParams`: they do not leave the process."""
     prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to report beside each of the prompt's."""
     logprobs: int | None = None
     stop_token_ids: list[int] = []
     """Tokens that end the sequence (end-of-sequence tokens among them unless ignored)."""
@@ -76,7 +77,7 @@ class Shutdown(msgspec.Struct, tag="shutdown"):
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """Logprobs of one generated token: itself first, then the likeliest in order."""
+    """Logprobs of one token: itself first, then the likeliest in order."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -91,6 +92,8 @@ class CoreOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[int] = []
     """New tokens, a stop token that ended the sequence included."""
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """With the first token, where they are asked for: of the prompt's tokens from the second on."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int | None = None

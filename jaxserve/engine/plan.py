@@ -203,7 +203,8 @@ def _names(buckets: Sequence[Bucket]) -> list[str]:
     rows = sorted({bucket.seqs for bucket in buckets})
     samples = [f"sample[{n}] {variant}" for n in rows for variant in VARIANTS]
     shapes = [f"shape[{n}] {variant}" for n in rows for variant in SHAPES]
-    return ["admit", "enter", *(bucket.name for bucket in sorted(buckets)), *shapes, *samples]
+    scores = [f"score[{bucket.tokens}]" for bucket in sorted(buckets) if bucket.mixed]
+    return ["admit", "enter", *(bucket.name for bucket in sorted(buckets)), *shapes, *samples, *scores]
 
 
 def _sequences(tokens: int, budget: Budget) -> Sequences:

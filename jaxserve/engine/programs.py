@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxserve.engine.model import POOL_SPEC, LoadedModel
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Limits
 from jaxserve.engine.shaping import EnterLayout, RowsLayout, ShapeVariant, Shaping, enter, shape
-from jaxserve.engine.step import KV, Slots, admit, forward, sample
+from jaxserve.engine.step import KV, Slots, admit, forward, sample, score
 from jaxserve.pallas_kernels.paged_attention import Implementation, PoolShape, empty_pool
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Programs:
         self.warm = threading.Event()
         self.attention = model.kernels.attention
         self._functions = model.functions()
+        self._features = model.config.hidden_size
         self._kernels = model.kernels
         self._mesh = model.mesh
         self._compiles = compiles
@@ -97,6 +99,7 @@ class Programs:
         self._forward: dict[Bucket, Any] = {}
         self._shape: dict[tuple[int, ShapeVariant], Any] = {}
         self._sample: dict[tuple[int, Variant], Any] = {}
+        self._score: dict[Bucket, Any] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._compile_rest, name="compile", daemon=True)
 
@@ -104,7 +107,7 @@ class Programs:
     def start(self) -> Iterator[None]:
         """Make what serves any request, while what is inside runs; then the rest in the background."""
         self._todo = iter(self._plan())
-        first = next(self._todo), next(self._todo), next(self._todo)
+        first = islice(self._todo, 4)
         more = self._compile_admit, self._compile_enter, self._compile_empty
         with ThreadPoolExecutor(2, "compile") as threads:
             jobs = [threads.submit(job) for job in (*first, *more)]
@@ -132,7 +135,7 @@ class Programs:
     @property
     def count(self) -> int:
         """Programs that are ready."""
-        return len(self._forward) + len(self._shape) + len(self._sample) + 2
+        return len(self._forward) + len(self._shape) + len(self._sample) + len(self._score) + 2
 
     @property
     def bytes_on_disk(self) -> int:
@@ -141,8 +144,8 @@ class Programs:
 
     @property
     def ready(self) -> list[Bucket]:
-        """Buckets that can run: their rows can be shaped and sampled too."""
-        forward = list(self._forward)
+        """Buckets that can run: their rows can be shaped, sampled and, of prompts, scored too."""
+        forward = [b for b in list(self._forward) if b in self._score or not b.mixed]
         sampled = {seqs for seqs, variant in list(self._sample) if variant == VARIANTS[0]}
         shaped = {seqs for seqs, variant in list(self._shape) if variant == SHAPES[0]}
         return [b for b in forward if b.seqs in sampled & shaped]
@@ -160,17 +163,13 @@ class Programs:
     @property
     def limits(self) -> Limits:
         """The largest step that is sure to have a program."""
-        largest = max(bucket for bucket in self.ready if bucket.tokens > bucket.seqs)
+        largest = max(bucket for bucket in self.ready if bucket.mixed)
         return Limits(largest.seqs, min(largest.tokens, self.shapes.max_num_batched_tokens))
 
-    def bucket(self, tokens: int, seqs: int) -> Bucket:
-        """The smallest ready bucket for so many tokens of so many sequences."""
-        fits = (
-            b
-            for b in self.ready
-            if seqs <= b.seqs and tokens <= b.tokens and (tokens == seqs or b.tokens > b.seqs)
-        )
-        return min(fits)
+    def bucket(self, tokens: int, seqs: int, scores: bool = False) -> Bucket:
+        """The smallest ready bucket for so many tokens of so many sequences, and whether any are scored."""
+        single = tokens == seqs and not scores
+        return min(b for b in self.ready if seqs <= b.seqs and tokens <= b.tokens and (single or b.mixed))
 
     def rows_layout(self, seqs: int) -> RowsLayout:
         return RowsLayout(seqs, self.shapes.vocab)
@@ -179,12 +178,16 @@ class Programs:
         return StepLayout(bucket, self.shapes.pool.block_size)
 
     def forward(self, bucket: Bucket) -> Any:
-        """forward compiled for the bucket: (weights, kv, slots, packed) -> (kv, slots, logits, targets)."""
+        """(weights, kv, slots, packed) -> (kv, slots, logits, targets, hidden), compiled for the bucket."""
         return self._forward[bucket]
 
     def shape(self, seqs: int, variant: ShapeVariant) -> Any:
         """shape for that many rows: (shaping, slots, logits, targets, rows) -> (shaping, logits)."""
         return self._shape.get((seqs, variant)) or self._shape[seqs, SHAPES[0]]
+
+    def score(self, bucket: Bucket) -> Any:
+        """score for what a mixed bucket's forward gives: (weights, hidden, tokens) -> scored."""
+        return self._score[bucket]
 
     def sample(self, seqs: int, variant: Variant) -> Any:
         """sample for that many rows: (slots, logits, raw, targets) -> (slots, sampled)."""
@@ -202,6 +205,7 @@ class Programs:
         for bucket in (chunks, singles):
             self._compile_forward(bucket)
         self._compile_shape(singles.seqs, SHAPES[0])
+        self._compile_score(chunks)
         self._compile_sample(singles.seqs, "full")
 
     def temporaries(self) -> dict[str, int]:
@@ -210,6 +214,8 @@ class Programs:
         found = {bucket.name: _new(program) for bucket, program in list(self._forward.items())}
         for (rows, shaping), program in list(self._shape.items()):
             found[f"shape[{rows}] {shaping}"] = _new(program) + 2 * 4 * rows * self.shapes.vocab
+        for bucket, program in list(self._score.items()):
+            found[f"score[{bucket.tokens}]"] = _new(program) + 4 * bucket.tokens * self._features
         for (rows, variant), program in list(self._sample.items()):
             found[f"sample[{rows}] {variant}"] = _new(program) + 3 * 4 * rows * self.shapes.vocab
         return found
@@ -226,6 +232,8 @@ class Programs:
                 yield partial(self._compile_sample, bucket.seqs, VARIANTS[0])
                 yield partial(self._compile_shape, bucket.seqs, SHAPES[0])
             yield partial(self._compile_forward, bucket)
+            if bucket.mixed:
+                yield partial(self._compile_score, bucket)
         for bucket in self.buckets:
             for variant in VARIANTS[1:]:
                 if (bucket.seqs, variant) not in self._sample:
@@ -267,7 +275,8 @@ class Programs:
         step = partial(forward, self._functions, layout)
         args = (self._weights, self._kv, self._slots, self._array(layout.size))
         replicated = NamedSharding(self._mesh, PartitionSpec())
-        out = (*_shardings((self._kv, self._slots)), replicated, replicated)
+        hidden = replicated if bucket.mixed else None
+        out = (*_shardings((self._kv, self._slots)), replicated, replicated, hidden)
         self._forward[bucket] = self._compile(bucket.name, step, *args, donate=(1, 2), out=out)
 
     def _compile_shape(self, seqs: int, variant: ShapeVariant) -> None:
@@ -283,6 +292,12 @@ class Programs:
         self._sample[seqs, variant] = self._compile(
             f"sample {seqs} {variant}", partial(sample, variant, self._kernels.sampler), *args
         )
+
+    def _compile_score(self, bucket: Bucket) -> None:
+        hidden = self._array(bucket.tokens, self._features, dtype=jnp.float32)
+        args = (self._weights, hidden, self._array(bucket.tokens))
+        step = partial(score, self._functions, self._kernels.sampler)
+        self._score[bucket] = self._compile(f"score {bucket.tokens}", step, *args, donate=())
 
     def _compile(
         self, name: str, function: Any, *args: Any, donate: tuple[int, ...] = (0,), out: Any = None

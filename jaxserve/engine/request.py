@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from jaxserve.engine.messages import CoreRequest
+from jaxserve.engine.messages import CoreRequest, TokenLogprobs
 from jaxserve.engine.prefix_cache import Node
 from jaxserve.outputs import FinishReason
 
@@ -16,8 +16,8 @@ class Request:
 
     __slots__ = (
         *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
-        *("last_token_at", "matcher", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "slot"),
-        "spec",
+        *("last_token_at", "matcher", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "scores"),
+        *("slot", "spec"),
     )
 
     def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
@@ -29,6 +29,8 @@ class Request:
         """Tokens sampled by dispatched steps that the host has not read yet."""
         self.computed = 0
         """Tokens whose keys and values are in the pool once all dispatched steps are done."""
+        self.scores: list[TokenLogprobs] = []
+        """Of its prompt's tokens from the second on, as far as they were read."""
         self.slot: int | None = None
         """Its place in the device's request state while it runs."""
         self.blocks: list[int] = []
@@ -79,6 +81,12 @@ class Request:
         """Tokens to compute before the next one can be sampled; 0 when its last one has been dispatched."""
         output = self.generated
         return 0 if output >= self.spec.max_tokens else len(self.spec.prompt) + output - self.computed
+
+    def unscored(self, start: int, count: int) -> range:
+        """Of these positions, those that tell a logprob of the prompt that is asked for and not there yet."""
+        if self.spec.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.scores)), min(start + count, len(self.spec.prompt) - 1))
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at these positions, which the host must know."""

@@ -291,14 +291,16 @@ class Scheduler:
     def _take_cached(self, request: Request, room: int) -> bool:
         """Give a waiting request the blocks that the cache has for it, unless it does not fit `room` blocks.
 
-        Its last token is computed in any case: that gives the next one. Blocks are committed as soon as
-        the step that writes them is planned: steps run in that order, and a step writes before it reads.
+        Its last token is computed in any case, for the next one, and those that tell logprobs of the prompt.
+        Blocks are committed as soon as the step that writes them is planned: steps run in that order, and a
+        step writes before it reads.
         """
         pool, size = self.pool, self.pool.block_size
         blocks: list[int] = []
         chain: Node = request.spec.cache_salt
         if self.prefix_cache:
-            tokens = request.tokens(0, request.length - 1)
+            unscored = request.unscored(0, request.length)
+            tokens = request.tokens(0, unscored.start if unscored else request.length - 1)
             blocks, chain = pool.cache.match(request.spec.cache_salt, tokens, size)
         revived = sum(not pool.references(block) for block in blocks)
         if pool.blocks_for(request.length) - len(blocks) + revived > room:

@@ -1,10 +1,11 @@
-"""The functions that are compiled: admit, forward and sample. Pure, with donated state.
+"""The functions that are compiled: admit, forward, sample and score. Pure, with donated state.
 
 admit(slots, packed)                 -> slots
-forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets)
+forward(weights, kv, slots, packed)  -> (kv, slots, logits, targets, hidden)
 sample(slots, logits, raw, targets)  -> (slots, sampled)
+score(weights, hidden, tokens)       -> scored
 
-Between the last two some rows' logits are changed (shaping.py).
+Between forward and sample some rows' logits are changed (shaping.py).
 """
 
 from collections.abc import Callable
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.engine.batch import FROM_DEVICE, TABLE_AT, StepLayout
-from jaxserve.engine.sampling import RowParams, Variant
+from jaxserve.engine.sampling import RowParams, Variant, with_logprobs
 from jaxserve.engine.sampling import sample as choose
 from jaxserve.pallas_kernels.paged_attention import AttentionMeta, Pool, ragged_meta
 from jaxserve.pallas_kernels.sampling import Implementation
 
+SCORED = 64
+"""Rows that are scored at a time: no more of them than have logits at once."""
 Weights = list[jax.Array]
 KV = list[Pool]
 
@@ -66,12 +69,13 @@ class Model(NamedTuple):
 
 def forward(
     model: Model, layout: StepLayout, weights: Weights, kv: KV, slots: Slots, packed: jax.Array
-) -> tuple[KV, Slots, jax.Array, jax.Array]:
+) -> tuple[KV, Slots, jax.Array, jax.Array, jax.Array | None]:
     """One step of the model over a packed batch.
 
     Returns the pools, the slots with grown block tables, logits float32 [seqs, vocab] of each
-    sequence's last row, and int32 [seqs, 2] targets: the slot that gets each sampled token (the dummy
-    where none is sampled) and the token's position.
+    sequence's last row, int32 [seqs, 2] targets: the slot that gets each sampled token (the dummy
+    where none is sampled) and the token's position, and of a mixed bucket the hidden states of all rows,
+    float32 [tokens, features].
     """
     step = layout.fields(packed)
     with jax.named_scope("gather"):
@@ -82,13 +86,14 @@ def forward(
         last = slots.last_token[step["slots"]][meta.row_seq]
         ids = jnp.where(step["tokens"] == FROM_DEVICE, last, step["tokens"])
     x, kv = model.hidden(weights, ids, meta, kv)
+    hidden = x if layout.bucket.mixed else None
     with jax.named_scope("head"):
-        if layout.bucket.tokens != layout.bucket.seqs:
+        if layout.bucket.mixed:
             x = x[jnp.maximum(meta.q_rows + meta.q_lens - 1, 0)]
         logits = model.logits(weights, x, jnp.sum(meta.q_lens > 0))
     dummy = slots.last_token.shape[0] - 1
     target = jnp.where(step["samples"] > 0, step["slots"], dummy)
-    return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1)
+    return kv, slots, logits, jnp.stack([target, meta.kv_lens], axis=1), hidden
 
 
 def sample(
@@ -107,3 +112,27 @@ def sample(
     params = RowParams(*(value[target] for value in slots.params))
     sampled = choose(logits, params, position, variant, implementation, raw)
     return slots._replace(last_token=slots.last_token.at[target].set(sampled.tokens)), sampled.pack()
+
+
+def score(
+    model: Model, implementation: Implementation, weights: Weights, hidden: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Logprobs of the tokens int32 [N] that follow the rows [N, features], as `Sampled.pack`.
+
+    Blocks of `SCORED` rows in which no token is asked for (-1) are left out.
+    """
+
+    def logprobs(x: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = model.logits(weights, x, jnp.int32(SCORED))
+        return with_logprobs(logits, jnp.maximum(tokens, 0), implementation).pack()
+
+    def nothing(x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.zeros_like(jax.eval_shape(logprobs, x, tokens))
+
+    def block(rows: tuple[jax.Array, jax.Array]) -> Any:
+        return lax.cond(jnp.any(rows[1] >= 0), logprobs, nothing, *rows)
+
+    scored: jax.Array = lax.map(
+        block, (hidden.reshape(-1, SCORED, hidden.shape[1]), tokens.reshape(-1, SCORED))
+    )
+    return scored.reshape(len(tokens), -1)

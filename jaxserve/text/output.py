@@ -12,11 +12,11 @@ from jaxserve.engine.grammar.source import Grammar
 from jaxserve.engine.grammar.source import grammar as write_grammar
 from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
 from jaxserve.errors import InvalidRequest
-from jaxserve.outputs import CompletionOutput, ErrorCode, RequestOutput
+from jaxserve.outputs import CompletionOutput, ErrorCode, Logprob, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text import bad_words
 from jaxserve.text.reading import MakeParser
-from jaxserve.text.sequence import OutputSequence
+from jaxserve.text.sequence import OutputSequence, logprob_entry
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -84,7 +84,6 @@ class OutputProcessor:
         if params.num_sequences > params.n and params.output_kind == "delta":
             told = f"best_of must be n, {params.n}, in a stream: which are best is known at their ends"
             raise InvalidRequest(told, "best_of")
-        _refuse_not_yet(params)
         if params.priority and not self._priorities:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
@@ -122,6 +121,7 @@ class OutputProcessor:
                 bad_words=banned,
                 grammar=grammar,
                 logprobs=0 if request.ranked and params.logprobs is None else params.logprobs,
+                prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # the others share its prompt
                 stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
                 cache_salt=cache_salt,
                 tenant=tenant,
@@ -146,6 +146,8 @@ class OutputProcessor:
             touched[request.id] = request
             if out.cached_tokens is not None and sequence.index == 0:  # the others share its prompt
                 request.cached_tokens = out.cached_tokens
+            if out.prompt_logprobs is not None:
+                request.score([logprob_entry(step, self._tokenizer) for step in out.prompt_logprobs])
             if out.finish_reason == "error":
                 request.fail(out.error or "the engine gave no reason", out.error_code, out.error_param)
                 aborts += [Abort(id) for id in self._drop(request) if id != out.id]
@@ -225,17 +227,6 @@ class OutputProcessor:
         return self._max_request_tokens - prompt if max_tokens is None else max_tokens
 
 
-_NOT_YET = {
-    "prompt_logprobs": None,
-}
-
-
-def _refuse_not_yet(params: SamplingParams) -> None:
-    for name, nothing in _NOT_YET.items():
-        if getattr(params, name) not in (nothing, [], {}):
-            raise InvalidRequest(f"{name} is not supported yet", name, "unsupported_field")
-
-
 def truncated(prompt: Sequence[int], params: SamplingParams, limit: int | None) -> list[int]:
     """The prompt's last tokens, as many as are to be kept; `limit`: most that a request can have."""
     keep = params.truncate_prompt_tokens
@@ -274,10 +265,16 @@ class _Request:
         self.error_code: ErrorCode | None = None
         self.error_param: str | None = None
         self.cached_tokens = 0
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._unscored = params.prompt_logprobs is not None
         self._told: set[int] = set()  # sequences whose end a delta has carried
 
     def core_id(self, index: int) -> str:
         return f"{self.id}#{self._serial}.{index}"
+
+    def score(self, entries: list[dict[int, Logprob]]) -> None:
+        """Take the logprobs of the prompt from its second token on: nothing comes before the first."""
+        self._prompt_logprobs, self._unscored = [None, *entries], False
 
     def fail(self, error: str, code: ErrorCode | None = None, param: str | None = None) -> None:
         self.error, self.error_code, self.error_param = error, code, param
@@ -287,7 +284,7 @@ class _Request:
 
     def output(self, finished: bool) -> RequestOutput | None:
         """What this step is to show of the request, if anything."""
-        if self.kind == "final" and not finished:
+        if (self.kind == "final" or self._unscored) and not finished:
             return None
         sequences = self.sequences
         if self.kind == "delta":
@@ -302,12 +299,16 @@ class _Request:
             outputs, unused = outputs[: self._given], outputs[self._given :]
             for i, output in enumerate(outputs):
                 output.index = i
+        prompt_logprobs = self._prompt_logprobs
+        if self.kind == "delta":
+            self._prompt_logprobs = None
         return RequestOutput(
             request_id=self.id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=outputs,
             finished=finished,
+            prompt_logprobs=prompt_logprobs,
             error=self.error,
             error_code=self.error_code,
             error_param=self.error_param,

@@ -136,13 +136,18 @@ class OutputSequence:
         self._end(reason, None if stop_token in self._eos else stop_token)
 
     def _add_logprobs(self, step: TokenLogprobs) -> None:
-        if self._logprobs is None:
-            return
-        entry = {step.token_ids[0]: self._logprob(step.token_ids[0], step.logprobs[0], step.rank)}
-        for rank, (token, logprob) in enumerate(zip(step.token_ids[1:], step.logprobs[1:], strict=True), 1):
-            if token not in entry:
-                entry[token] = self._logprob(token, logprob, rank)
-        self._logprobs.append(entry)
+        if self._logprobs is not None:
+            self._logprobs.append(logprob_entry(step, self._tokenizer))
 
-    def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
-        return Logprob(logprob, rank, self._tokenizer.token_text(token) if self._tokenizer else None)
+
+def logprob_entry(step: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """By token: its own first, then the likeliest in order."""
+
+    def of(token: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, tokenizer.token_text(token) if tokenizer else None)
+
+    entry = {step.token_ids[0]: of(step.token_ids[0], step.logprobs[0], step.rank)}
+    for rank, (token, logprob) in enumerate(zip(step.token_ids[1:], step.logprobs[1:], strict=True), 1):
+        if token not in entry:
+            entry[token] = of(token, logprob, rank)
+    return entry

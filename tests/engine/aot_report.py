@@ -101,6 +101,9 @@ def _compile(programs: Programs, steps: tuple[str, ...], dump: Dump) -> Iterator
         programs._compile_shape(rows, shaping)
         yield f"shape[{rows}] {shaping}", programs.shape(rows, shaping)
     dump.clear()
+    programs._compile_score(mixed)
+    yield f"score[{mixed.tokens}]", programs.score(mixed)
+    dump.clear()
     programs._compile_admit()
     yield "admit", programs.admit
 

@@ -50,6 +50,7 @@ def workload() -> list[tuple[list[int], SamplingParams]]:
             top_p=[1.0, 0.9, 0.7][i % 3],
             seed=i,
             logprobs=[None, 0, 3][i % 3],
+            prompt_logprobs=[None, 0, None, None, 2][i % 5],
             max_tokens=10,
             ignore_eos=True,
             **SHAPED[i % len(SHAPED)],
@@ -67,7 +68,8 @@ def name(axes: dict[str, Any]) -> str:
 
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], axes: dict[str, Any]) -> Any:
-    """What each request gave: per sequence its tokens, and per token the logprobs by token."""
+    """What each request gave: per sequence its tokens, and per token the logprobs by token; perhaps those of
+    its prompt's too."""
     (core,) = engine._cores
     core._overlap = axes["overlap"]
     core._scheduler.prefix_cache = axes["prefix"]
@@ -83,12 +85,16 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]], axes: 
     core._pool.release(taken)
     assert core.stats()["blocks_used"] == 0
     results = dict(zip(order, outputs, strict=True))
-    return [[sequence(s) for s in results[i].outputs] for i in range(len(requests))]
+    return [answer(results[i]) for i in range(len(requests))]
 
 
-def sequence(output: Any) -> Any:
-    logprobs = [{token: each.logprob for token, each in step.items()} for step in output.logprobs or []]
-    return [output.token_ids, logprobs]
+def answer(output: Any) -> Any:
+    prompt = [[output.prompt_token_ids, steps(output.prompt_logprobs[1:])]] if output.prompt_logprobs else []
+    return [[sequence.token_ids, steps(sequence.logprobs or [])] for sequence in output.outputs] + prompt
+
+
+def steps(logprobs: Any) -> Any:
+    return [{token: each.logprob for token, each in step.items()} for step in logprobs]
 
 
 def report(model: str, mesh: str, **options: Any) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def logits(core: EngineCore) -> list[float]:
     step["update_index"][:blocks] = range(blocks)
     step["update_block"][:blocks] = range(1, blocks + 1)
     kv, slots, _ = programs.empty_state()
-    _, _, found, _ = programs.forward(bucket)(core.model.weights, kv, slots, packed)
+    _, _, found, *_ = programs.forward(bucket)(core.model.weights, kv, slots, packed)
     return np.asarray(found)[0].tolist()
 
 

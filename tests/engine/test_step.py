@@ -50,10 +50,11 @@ class Device:
     def run(self, bucket: Bucket, chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """(sampled tokens, targets) of a step."""
         packed = StepLayout(bucket, BLOCK).pack(chunks, SLOTS)
-        _, self.slots, logits, targets = compiled(bucket)(WEIGHTS, [], self.slots, packed)
+        _, self.slots, logits, targets, hidden = compiled(bucket)(WEIGHTS, [], self.slots, packed)
         assert logits.shape == (bucket.seqs, VOCAB) and targets.shape == (bucket.seqs, 2)
+        assert (hidden.shape == (bucket.tokens, VOCAB)) if bucket.mixed else hidden is None
         targets = np.asarray(targets)
-        self.slots, sampled = sample_jit(self.slots, logits, targets)
+        self.slots, sampled = sample_jit(self.slots, logits, logits, targets)
         jax.effects_barrier()
         return np.asarray(sampled)[:, 0], targets
 
@@ -157,8 +158,8 @@ def test_a_row_samples_with_the_parameters_of_its_slot():
         layout = StepLayout(Bucket(4, 4), BLOCK)
         chunks = [Chunk(request(slot, [1], [slot + 1]), 0, 1, [slot + 1], True) for slot in slots]
         step = partial(forward, MODEL._replace(logits=flat), layout)
-        _, state, logits, targets = jax.jit(step)(WEIGHTS, [], device.slots, layout.pack(chunks, SLOTS))
-        return sample_jit(state, logits, targets)[1][:, 0].tolist()
+        _, state, logits, targets, _ = jax.jit(step)(WEIGHTS, [], device.slots, layout.pack(chunks, SLOTS))
+        return sample_jit(state, logits, logits, targets)[1][:, 0].tolist()
 
     one = drawn([1, 3], {1: 11, 3: 34})
     # padding rows are greedy, and a request's token moves with it to any slot and row

@@ -68,16 +68,20 @@ class FakeCore:
         output = CoreOutput(id=request.id, token_ids=[token])
         if self.done[request.id] == 1:
             output.times = (self.came.pop(request.id), time.monotonic())
+            if request.prompt_logprobs is not None:
+                prompt = enumerate(request.prompt[1:], 1)
+                output.prompt_logprobs = [self.told(t, -i / 8, request.prompt_logprobs) for i, t in prompt]
         if request.logprobs is not None:
-            others = range(10, 10 + request.logprobs)
-            output.logprobs = [
-                TokenLogprobs([token, *others], [-0.5, *(-float(i) for i in range(len(others)))], rank=1)
-            ]
+            output.logprobs = [self.told(token, -0.5, request.logprobs)]
         if token in request.stop_token_ids:
             output.finish_reason, output.stop_token = "stop", token
         elif self.done[request.id] == request.max_tokens:
             output.finish_reason = "length"
         return output if output.finish_reason is None else self.end(request, output)
+
+    def told(self, token, logprob, count):
+        others = range(10, 10 + count)
+        return TokenLogprobs([token, *others], [logprob, *(-float(i) for i in range(count))], rank=1)
 
     def end(self, request, output):
         del self.running[request.id]

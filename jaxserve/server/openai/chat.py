@@ -12,7 +12,7 @@ from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.answer import Answer
 from jaxserve.server.openai.conversation import render
 from jaxserve.server.openai.generation import Generation
-from jaxserve.server.openai.logprobs import chat_logprobs
+from jaxserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.server.openai.requests import ChatRequest, parse_chat
 from jaxserve.server.openai.responses import (
     ChatChoice,
@@ -22,6 +22,7 @@ from jaxserve.server.openai.responses import (
     ChunkChoice,
     ChunkEncoder,
     Delta,
+    PromptLogprobs,
     Usage,
     json_response,
 )
@@ -73,8 +74,11 @@ class _Reply:
 
     async def whole(self) -> Response:
         choices: list[ChatChoice] = []
+        scored: PromptLogprobs | UnsetType = UNSET
 
         def show(_: int, output: RequestOutput) -> None:
+            nonlocal scored
+            scored = self._prompt_logprobs(output)
             choices.extend(
                 ChatChoice(
                     sequence.index,
@@ -95,6 +99,7 @@ class _Reply:
                 choices=choices,
                 usage=self._generation.usage,
                 prompt_token_ids=self._prompt,
+                prompt_logprobs=scored,
             )
         )
 
@@ -105,16 +110,18 @@ class _Reply:
 
         def show(_: int, output: RequestOutput) -> None:
             choices = []
+            scored = self._prompt_logprobs(output)
             for sequence in output.outputs:
                 index = sequence.index
                 nothing = "" if sequence.events is None else None
                 if index not in begun:
                     begun.add(index)
                     role = ChunkChoice(index, Delta("assistant", nothing))
-                    if self._prompt is UNSET:
+                    if self._prompt is UNSET and scored is UNSET:
                         choices.append(role)
                     else:
-                        events.write(msgspec.json.encode(self._chunk(usage, [role], self._prompt)))
+                        events.write(msgspec.json.encode(self._chunk(usage, [role], self._prompt, scored)))
+                        scored = UNSET
                     if self._echo:
                         choices.append(ChunkChoice(index, Delta(content=self._echo)))
                 token_ids = self._token_ids(sequence)
@@ -136,6 +143,12 @@ class _Reply:
         as_ids = bool(self._request.return_tokens_as_token_ids)
         return chat_logprobs(sequence, self._top, self._tokenizer, as_ids)
 
+    def _prompt_logprobs(self, output: RequestOutput) -> PromptLogprobs | UnsetType:
+        if output.prompt_logprobs is None:
+            return UNSET
+        top = self._request.prompt_logprobs or 0
+        return prompt_logprobs(output.prompt_token_ids, output.prompt_logprobs, top)
+
     def _token_ids(self, sequence: CompletionOutput) -> list[int] | UnsetType:
         return sequence.token_ids if self._request.return_token_ids else UNSET
 
@@ -144,6 +157,7 @@ class _Reply:
         usage: Usage | None,
         choices: Sequence[ChunkChoice] = (),
         prompt: list[int] | UnsetType = UNSET,
+        scored: PromptLogprobs | UnsetType = UNSET,
     ) -> ChatChunk:
         return ChatChunk(
             id=self._id,
@@ -152,4 +166,5 @@ class _Reply:
             choices=list(choices),
             usage=usage if usage or self._request.include_usage else UNSET,
             prompt_token_ids=prompt,
+            prompt_logprobs=scored,
         )

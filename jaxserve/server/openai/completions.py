@@ -10,10 +10,17 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.endpoint import Caller
-from jaxserve.server.openai.generation import Generation, PromptsOnly
-from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs
+from jaxserve.server.openai.generation import Generation, PromptsOnly, ScoredPrompts
+from jaxserve.server.openai.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from jaxserve.server.openai.requests import CompletionRequest, parse_completion
-from jaxserve.server.openai.responses import ChunkEncoder, Completion, CompletionChoice, Usage, json_response
+from jaxserve.server.openai.responses import (
+    ChunkEncoder,
+    Completion,
+    CompletionChoice,
+    PromptLogprobs,
+    Usage,
+    json_response,
+)
 from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
 from jaxserve.text.detokenizer import new_detokenizer
@@ -38,11 +45,12 @@ async def complete(state: ServerState, body: dict[str, Any], caller: Caller) -> 
         raise InvalidRequest("echo needs a tokenizer, and this model has none", "echo")
     special = request.add_special_tokens is not False
     generation: Generation | PromptsOnly
-    if request.only_echo:
+    if request.only_echo and params.prompt_logprobs is None:
         generation = PromptsOnly(state.engine, prompts, params, written, special)
     else:
         cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
-        generation = Generation(state, prompts, cache_salt, caller, params, written, special)
+        kind = ScoredPrompts if request.only_echo else Generation
+        generation = kind(state, prompts, cache_salt, caller, params, written, special)
     id = f"cmpl-{caller.request_id}"
     reply = _Reply(id, model, request, prompts, generation, tokenizer, params)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
@@ -96,6 +104,8 @@ class _Reply:
         self._tokenizer = tokenizer
         self._params = params
         self._offsets: dict[int, TextOffsets] = {}
+        self._scored: dict[int, PromptLogprobs] = {}
+        """Of each prompt, from its first output."""
 
     async def whole(self) -> Response:
         choices: list[CompletionChoice] = []
@@ -120,26 +130,31 @@ class _Reply:
             events.write(msgspec.json.encode(self._completion([], self._generation.usage)))
 
     def _choice(self, prompt: int, output: RequestOutput, sequence: CompletionOutput) -> CompletionChoice:
-        index = prompt * (self._request.n or 1) + sequence.index
-        logprobs = None
-        if sequence.logprobs is not None:
-            if index not in self._offsets:
-                self._offsets[index] = self._text_offsets(output.prompt_token_ids)
-            logprobs = completion_logprobs(
-                sequence,
-                self._request.logprobs or 0,
-                self._offsets[index],
-                bool(self._request.return_tokens_as_token_ids),
-            )
-        choice = CompletionChoice(index, sequence.text, sequence.finish_reason, logprobs)
-        if self._request.return_token_ids:
+        request, ids = self._request, output.prompt_token_ids
+        index = prompt * (request.n or 1) + sequence.index
+        choice = CompletionChoice(index, sequence.text, sequence.finish_reason)
+        if output.prompt_logprobs is not None:
+            self._scored[prompt] = output.prompt_logprobs
+        begins = index not in self._begun
+        self._begun.add(index)
+        echoed = self._prompt_text(prompt, ids) if begins and request.echo else ""
+        choice.text = echoed + choice.text
+        if begins and request.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(ids, self._scored[prompt], request.prompt_logprobs)
+        if request.return_token_ids:
             choice.token_ids = sequence.token_ids
-        if index not in self._begun:
-            self._begun.add(index)
-            if self._request.echo:
-                choice.text = self._prompt_text(prompt, output.prompt_token_ids) + choice.text
-            if self._request.return_token_ids:
-                choice.prompt_token_ids = output.prompt_token_ids
+            if begins:
+                choice.prompt_token_ids = ids
+        if sequence.logprobs is not None:
+            if begins:
+                self._offsets[index] = self._text_offsets(ids, len(echoed))
+            tokens, logprobs = sequence.token_ids, [*sequence.logprobs]
+            offsets = self._offsets[index].take(tokens)
+            if begins and request.echo:
+                tokens, logprobs = ids + tokens, [*self._scored[prompt], *logprobs]
+                offsets = self._prompt_offsets(ids, echoed) + offsets
+            top, as_ids = request.logprobs or 0, bool(request.return_tokens_as_token_ids)
+            choice.logprobs = completion_logprobs(tokens, logprobs, top, offsets, self._tokenizer, as_ids)
         return choice
 
     def _prompt_text(self, i: int, used: list[int]) -> str:
@@ -149,13 +164,19 @@ class _Reply:
         assert self._tokenizer is not None
         return self._tokenizer.decode(used, self._params.skip_special_tokens)
 
-    def _text_offsets(self, prompt: list[int]) -> TextOffsets:
+    def _text_offsets(self, prompt: list[int], begin: int) -> TextOffsets:
         params = self._params
         if self._tokenizer is None or not params.detokenize:
-            return TextOffsets(None)
+            return TextOffsets(None, begin)
         spaces = params.spaces_between_special_tokens
         detokenizer = new_detokenizer(self._tokenizer, prompt, params.skip_special_tokens, spaces=spaces)
-        return TextOffsets(detokenizer)
+        return TextOffsets(detokenizer, begin)
+
+    def _prompt_offsets(self, ids: list[int], text: str) -> list[int]:
+        """Where in the prompt's text its tokens begin: special ones are part of it if they were written."""
+        assert self._tokenizer is not None
+        skip = self._tokenizer.decode(ids, skip_special_tokens=False) != text
+        return TextOffsets(new_detokenizer(self._tokenizer, (), skip)).take(ids)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
         shown = usage if usage or self._request.include_usage else UNSET

@@ -15,7 +15,6 @@ SAMPLING: NoOps = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
     "guided_decoding_backend": (),
     "kv_transfer_params": (),
     "vllm_xargs": (),

@@ -134,6 +134,21 @@ class Generation:
         self._watch.saw(i, output)
 
 
+class ScoredPrompts(Generation):
+    """A `Generation` that is there for the logprobs of its prompts: the one token of each is nobody's."""
+
+    def _take(
+        self, show: Show, ended: asyncio.Future[None], i: int, item: RequestOutput | JaxserveError | None
+    ) -> None:
+        if isinstance(item, RequestOutput) and item.error is None:
+            for sequence in item.outputs:
+                sequence.text, sequence.token_ids = "", []
+                sequence.logprobs = None if sequence.logprobs is None else []
+                sequence.finish_reason = sequence.finish_reason and "length"
+            item.num_unused_tokens = 0
+        super()._take(show, ended, i, item)
+
+
 class PromptsOnly:
     """Instead of a `Generation` where nothing is generated: the engine has no part in it."""
 

@@ -66,6 +66,7 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
@@ -125,7 +126,7 @@ _SHARED = (
     *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "seed", "stop"),
     *("stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
-    *("detokenize", "ignore_eos", "min_tokens", "truncate_prompt_tokens", "priority"),
+    *("detokenize", "ignore_eos", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens", "priority"),
 )
 
 
@@ -169,13 +170,6 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     logprobs: int | None = None
     add_special_tokens: bool | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest(
-                "echo with logprobs is not supported by this server", "echo", "unsupported_field"
-            )
-
     @property
     def only_echo(self) -> bool:
         """The prompt is all that is asked for."""
@@ -183,7 +177,10 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     def params(self, default_params: DefaultParams) -> SamplingParams:
         limit = 1 if self.only_echo else 16 if self.max_tokens is None else self.max_tokens
-        return self.sampling_params(default_params, {}, max_tokens=limit, logprobs=self.logprobs)
+        params = self.sampling_params(default_params, {}, max_tokens=limit, logprobs=self.logprobs)
+        if self.echo and params.logprobs is not None:
+            params.prompt_logprobs = max(params.prompt_logprobs or 0, params.logprobs)
+        return params
 
 
 def parse_chat(body: dict[str, Any]) -> tuple[ChatRequest, Conversation]:
