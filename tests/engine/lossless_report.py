@@ -31,6 +31,8 @@ SHAPED: list[dict[str, Any]] = [
     {"presence_penalty": 1.0, "logit_bias": {70: 3.0, 71: -4.0}},
     {"allowed_token_ids": list(range(60, 160)), "typical_p": 0.8},
     {"stop_token_ids": list(range(6, 90)), "min_tokens": 6},
+    {"structured_outputs": {"regex": "[a-f]{2}; so: [u-z]{9}"}},
+    {"bad_words": ["ab", "ba", "aa", "b"], "allowed_token_ids": list(range(70, 76))},
 ]
 """What changes logits before a token is chosen."""
 
@@ -40,7 +42,7 @@ def workload() -> list[tuple[list[int], SamplingParams]]:
     rng = random.Random(5)
     shared = [rng.randrange(6, 250) for _ in range(48)]
     requests = []
-    for i, length in enumerate([1, 90, 7, 33, 8, 48, 60, 16, 75, 49, 90, 20]):
+    for i, length in enumerate([1, 90, 7, 33, 8, 48, 60, 16, 75, 49, 90, 20, 62, 33]):
         own = [rng.randrange(6, 250) for _ in range(length)]
         prompt = (shared + own)[:length] if i % 3 else own
         params = SamplingParams(

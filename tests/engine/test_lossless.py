@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_byte_tokenizer
+
 from .lossless_report import combinations, name
 
 SCRIPT = Path(__file__).with_name("lossless_report.py")
@@ -17,7 +19,8 @@ MODES = ["normal", "deterministic"]
 @pytest.fixture(scope="module")
 def report(make_llama):
     """report(mesh, mode) of lossless_report.py, run once."""
-    model, made = make_llama("lossless"), {}
+    model, made = make_llama("lossless", eos_token_id=0), {}
+    write_byte_tokenizer(model)
 
     def get(mesh: str, mode: str):
         if (mesh, mode) not in made:
