@@ -1,10 +1,14 @@
 """What shapes the logits, against NumPy, and through an engine: beside other requests as alone."""
 
+import json
 import math
+import re
 from collections import Counter
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
 
@@ -130,6 +134,8 @@ def test_words_of_several_tokens_end_at_their_last():
         assert np.flatnonzero(bits == 0).tolist() == banned
 
 
+PROPERTIES = {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}}
+OBJECT = {"type": "object", "properties": PROPERTIES, "required": ["b"], "additionalProperties": False}
 FIELDS = [
     {},
     {"temperature": 0.8},
@@ -147,6 +153,18 @@ FIELDS = [
     {"min_p": 0.1, "temperature": 1.3, "presence_penalty": -1.0},
     {"top_p": 0.7, "temperature": 1.0, "frequency_penalty": -0.5, "min_tokens": 3},
     {"repetition_penalty": 1.1, "typical_p": 0.9, "temperature": 1.0, "allowed_token_ids": list(range(150))},
+    {"structured_outputs": {"regex": "[a-f]{2}; so on: [u-z]{4}"}, "max_tokens": 20},
+    {"structured_outputs": {"choice": ["no", "never", "nothing"]}, "logprobs": 1},
+    {"structured_outputs": {"json": OBJECT}, "max_tokens": 60, "temperature": 1.0, "frequency_penalty": 0.2},
+    {"structured_outputs": {"json_object": True}, "bad_words": ["a", "ee"], "temperature": 1.0},
+    {"bad_words": ["a", "ab", "xyz"], "temperature": 1.0},
+    {"n": 3, "temperature": 1.0, "presence_penalty": 0.7},
+    {"n": 2, "best_of": 4, "temperature": 1.0},
+    {"stop": ["e", "tt"], "temperature": 1.0, "include_stop_str_in_output": True},
+    {"truncate_prompt_tokens": 4},
+    {"detokenize": False, "temperature": 1.0, "top_k": 3},
+    {"ignore_eos": False, "temperature": 2.0, "logit_bias": {0: 4.0}},
+    {"skip_special_tokens": False, "logit_bias": {1: 6.0}, "temperature": 1.0},
 ]
 
 
@@ -161,18 +179,20 @@ def params_of(i, fields):
 def requests():
     rng = np.random.default_rng(3)
     shared = rng.integers(6, 262, 40).tolist()
-    for i in range(32):
+    for i in range(2 * len(FIELDS)):
         prompt = shared[: 20 * (i % 3)] + rng.integers(6, 262, 1 + i % 9).tolist()
         yield prompt, params_of(i, FIELDS[i % len(FIELDS)])
 
 
 def results(outputs):
-    return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+    """Of each request its sequences' tokens, text and logprobs."""
+    return [[(s.token_ids, s.text, s.logprobs) for s in output.outputs] for output in outputs]
 
 
 def same(found, wanted):
-    for (tokens, logprobs), (known, expected) in zip(found, wanted, strict=True):
-        assert tokens == known
+    sequences = (chain.from_iterable(requests) for requests in (found, wanted))
+    for (*given, logprobs), (*known, expected) in zip(*sequences, strict=True):
+        assert given == known
         for here, there in zip(logprobs or (), expected or (), strict=True):
             assert here.keys() == there.keys()
             for token in here:
@@ -202,17 +222,20 @@ def test_what_is_preempted_goes_on_as_if_it_had_not_been(make_engine, alone):
 
 
 def test_every_field_does_something(alone):
-    plain = {}
-    for i, (tokens, _) in enumerate(alone):
-        if i % len(FIELDS) == 0:
-            plain[i] = tokens
-    allowed = [tokens for i, (tokens, _) in enumerate(alone) if FIELDS[i % 16].get("allowed_token_ids")]
-    assert all(set(tokens) <= set(range(150)) for tokens in allowed)
-    early = [tokens for i, (tokens, _) in enumerate(alone) if i % 16 == 9]
-    late = [tokens for i, (tokens, _) in enumerate(alone) if i % 16 == 8]
-    assert all(len(tokens) < 10 for tokens in early) and all(len(tokens) > 12 for tokens in late)
-    biased = [tokens for i, (tokens, _) in enumerate(alone) if i % 16 == 5]
-    assert all({70, 71} & set(tokens) for tokens in biased)
+    def of(number):
+        """Tokens and text of the first sequences of those with these fields."""
+        return [sequences[0][:2] for sequences in alone[number :: len(FIELDS)]]
+
+    assert all({70, 71} & set(tokens) for tokens, _ in of(5))
+    assert all(set(tokens) <= set(range(40, 90)) for tokens, _ in of(7))
+    assert all(len(tokens) > 12 for tokens, _ in of(8)) and all(len(tokens) < 10 for tokens, _ in of(9))
+    assert all(re.fullmatch("[a-f]{2}; so on: [u-z]{4}", text) for _, text in of(16))
+    assert all(text in ("no", "never", "nothing") for _, text in of(17))
+    assert all(jsonschema.validate(json.loads(text), OBJECT) is None for _, text in of(18))
+    assert not any("a" in text for _, text in of(20))
+    assert {len(sequences) for sequences in alone[21 :: len(FIELDS)]} == {3}
+    assert {len(sequences) for sequences in alone[22 :: len(FIELDS)]} == {2}
+    assert not any(text for _, text in of(25))
 
 
 def test_a_request_that_leaves_no_token_ends_alone(make_engine):
