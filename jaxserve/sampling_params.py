@@ -48,7 +48,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool = False
     ignore_eos: Annotated[bool, Meta(description="go on past the end-of-sequence token")] = False
     max_tokens: Annotated[int | None, Meta(description="None: the rest of the context")] = 16
-    min_tokens: Annotated[int, Meta(description="nothing but a stop string ends the output before")] = 0
+    min_tokens: Annotated[int, Meta(description="nothing ends the output before")] = 0
     logprobs: Annotated[int | None, Meta(description="report this many alternatives per token")] = None
     prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
     structured_outputs: Annotated[

@@ -111,7 +111,8 @@ class OutputSequence:
     def _show(self, piece: str) -> bool:
         if not piece:
             return False
-        visible, stop = self._stop.feed(piece)
+        early = self.metrics.num_generation_tokens <= self._params.min_tokens
+        visible, stop = (piece, None) if early else self._stop.feed(piece)
         self._add_text(visible)
         if stop is None:
             return False

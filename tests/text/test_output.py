@@ -303,6 +303,14 @@ class TestStop:
         assert aborts == [Abort("r#0.0", keep=len(kept))]
         assert len(proc) == 0
 
+    def test_nothing_ends_the_text_before_min_tokens(self, tok):
+        ids = tok.encode("quick, quick and quick")
+        word = len(tok.encode("quick"))
+        for least, text in ((0, ""), (word, "quick, "), (2 * word + 4, "quick, quick and ")):
+            params = SamplingParams(output_kind="final", stop="quick", max_tokens=60, min_tokens=least)
+            shown, _ = generate(processor(tok), ids, params)
+            assert shown[-1].outputs[0].text == text
+
     @pytest.mark.parametrize("chunk", [1, 3, 100])
     def test_tokens_after_it_are_never_shown(self, tok, chunk):
         ids = tok.encode("the quick brown fox jumps")
