@@ -305,8 +305,8 @@ class TestStop:
 
     def test_nothing_ends_the_text_before_min_tokens(self, tok):
         ids = tok.encode("quick, quick and quick")
-        word = len(tok.encode("quick"))
-        for least, text in ((0, ""), (word, "quick, "), (2 * word + 4, "quick, quick and ")):
+        one, two = len(tok.encode("quick")), len(tok.encode("quick, quick"))
+        for least, text in ((0, ""), (one, "quick, "), (two, "quick, quick and ")):
             params = SamplingParams(output_kind="final", stop="quick", max_tokens=60, min_tokens=least)
             shown, _ = generate(processor(tok), ids, params)
             assert shown[-1].outputs[0].text == text
