@@ -49,6 +49,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: Annotated[bool, Meta(description="go on past the end-of-sequence token")] = False
     max_tokens: Annotated[int | None, Meta(description="None: the rest of the context")] = 16
     min_tokens: Annotated[int, Meta(description="nothing ends the output before")] = 0
+    thinking_token_budget: Annotated[
+        int | None, Meta(description="the thoughts end after so many tokens")
+    ] = None
     logprobs: Annotated[int | None, Meta(description="report this many alternatives per token")] = None
     prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
     structured_outputs: Annotated[
@@ -84,6 +87,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _bad_words(self.bad_words)
         _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _integer("thinking_token_budget", self.thinking_token_budget, 0)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens != -1:
@@ -115,7 +119,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return list(self.stop or ())
 
 
-_OPTIONAL = ("best_of", "max_tokens", "logprobs", "prompt_logprobs", "seed", "truncate_prompt_tokens")
+_OPTIONAL = (
+    *("best_of", "max_tokens", "logprobs", "prompt_logprobs", "seed", "truncate_prompt_tokens"),
+    "thinking_token_budget",
+)
 _SWITCHES = (
     *("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"),
     "spaces_between_special_tokens",

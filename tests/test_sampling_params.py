@@ -34,6 +34,8 @@ from jaxserve.errors import InvalidRequest
         ("bad_words", "no"),
         ("min_tokens", 17),
         ("prompt_logprobs", -1),
+        ("thinking_token_budget", -1),
+        ("thinking_token_budget", True),
         ("truncate_prompt_tokens", 0),
         ("spaces_between_special_tokens", 1),
         ("structured_outputs", {}),

@@ -23,7 +23,7 @@ SHARED = (
 OWN = {
     "/v1/chat/completions": (
         *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions"),
-        *("parallel_tool_calls", "include_reasoning"),
+        *("parallel_tool_calls", "include_reasoning", "thinking_token_budget"),
         *("modalities", "reasoning_effort", "chat_template", "chat_template_kwargs", "documents"),
         *("add_generation_prompt", "continue_final_message"),
     ),

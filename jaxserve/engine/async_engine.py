@@ -348,6 +348,7 @@ class AsyncEngine:
             hello.max_request_tokens,
             hello.vocab_size,
             self.config.scheduling_policy == "priority",
+            self._text.formats.tags(self._text.tokenizer),
         )
 
     def _deliver(self, lane: Lane, message: FromCore | Died) -> None:

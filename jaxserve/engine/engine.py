@@ -66,6 +66,7 @@ class Engine:
             hello.max_request_tokens,
             hello.vocab_size,
             config.scheduling_policy == "priority",
+            self._formats.tags(self.tokenizer),
         )
         self._core_of: dict[str, EngineCore] = {}
         self._inboxes: dict[str, deque[RequestOutput]] = {}
@@ -134,11 +135,12 @@ class Engine:
             ),
             continue_final_message=continue_final_message,
         )
+        formats = self._formats.of(chat_template)
         prompts, settled = [], []
         for i, (conversation, wanted) in enumerate(zip(many, each, strict=True)):
             with nullcontext() if one else renamed({"messages": f"messages[{i}]"}):
                 text = render(conversation)
-            make_parser, kept = self._formats.reading(self.tokenizer, use, text, wanted)
+            make_parser, kept = formats.reading(self.tokenizer, use, text, wanted)
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
             prompts.append(Tokenized(text, encoded, "", make_parser))
             settled.append(kept)

@@ -12,6 +12,15 @@ from jaxserve.engine.grammar.source import Grammar
 from jaxserve.outputs import ErrorCode, FinishReason
 
 
+class Thoughts(msgspec.Struct, array_like=True):
+    """Tokens of reasoning that may come before `close` does."""
+
+    budget: int
+    close: int
+    open: int | None
+    """The token that begins them, if the output does; None: they have begun."""
+
+
 class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """One sequence to generate. Already validated; `max_tokens` fits the context and the pool."""
 
@@ -37,6 +46,7 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """Sequences of tokens that do not come."""
     min_tokens: int = 0
     """Nothing of `stop_token_ids` comes before."""
+    thoughts: Thoughts | None = None
     grammar: Grammar | None = None
     """What the text must be."""
     logits_processors: Any = None

@@ -7,10 +7,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxserve.engine.messages import CoreRequest
+from jaxserve.engine.messages import CoreRequest, Thoughts
 
 Words = NDArray[np.uint32]
 """A mask: bit i of word w is set where token 32 w + i may come."""
+
+
+OPENING = 4
+"""Tokens of an output of which one may begin its thoughts."""
 
 
 class Rule(Protocol):
@@ -34,6 +38,8 @@ def rules_of(spec: CoreRequest, vocab: int) -> list[Rule]:
         rules.append(Not(_words(single, vocab)))
     if longer := [words for words in spec.bad_words if len(words) > 1]:
         rules.append(NotAfter(longer))
+    if spec.thoughts:
+        rules.append(EndOfThoughts(spec.thoughts, vocab))
     return rules
 
 
@@ -95,6 +101,31 @@ class NotAfter:
         for ban in self._bans.get(output[-1], ()) if output else ():
             if output[-len(ban.before) :] == ban.before:
                 mask[ban.token // 32] &= ~np.uint32(1 << ban.token % 32)
+
+
+class EndOfThoughts:
+    """`thinking_token_budget`: then nothing but the token that ends them may come, once."""
+
+    late = True
+
+    def __init__(self, thoughts: Thoughts, vocab: int):
+        self._thoughts = thoughts
+        self._close = _words([thoughts.close], vocab)
+        self._ended = False
+
+    def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
+        begin = self._begin(output)
+        if begin is None or self._ended or place - begin < self._thoughts.budget:
+            return
+        self._ended = self._thoughts.close in output[begin:]
+        if not self._ended:
+            mask &= self._close
+
+    def _begin(self, output: Sequence[int]) -> int | None:
+        if self._thoughts.open is None:
+            return 0
+        first = output[:OPENING]
+        return first.index(self._thoughts.open) + 1 if self._thoughts.open in first else None
 
 
 def _words(tokens: Sequence[int], vocab: int) -> Words:

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.source import Grammar
 from jaxserve.engine.grammar.source import grammar as write_grammar
-from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest
+from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest, Thoughts
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, ErrorCode, Logprob, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text import bad_words
-from jaxserve.text.reading import MakeParser
+from jaxserve.text.reading import MakeParser, Tags
 from jaxserve.text.sequence import OutputSequence, logprob_entry
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -31,16 +31,18 @@ class OutputProcessor:
         max_request_tokens: int | None = None,
         vocab_size: int | None = None,
         priorities: bool = False,
+        tags: Tags | None = None,
     ):
         """`max_request_tokens`: what the KV pool holds for one sequence, where that is less than
         `max_model_len`; `vocab_size`: the model's, if not the tokenizer's; `priorities`: whether they have
-        an effect."""
+        an effect; `tags`: around the model's thoughts."""
         self._tokenizer = tokenizer
         self._eos = list(eos_token_ids)
         self._max_model_len = max_model_len
         self._max_request_tokens = min(max_request_tokens or max_model_len, max_model_len)
         self._vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
         self._priorities = priorities
+        self._tags = tags
         self._serials = itertools.count()
         self._written: tuple[Constraint, Grammar] | None = None
         """The last grammar: the prompts of a batch have one."""
@@ -88,6 +90,7 @@ class OutputProcessor:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
+        thoughts = self._thoughts(params.thinking_token_budget, prompt_token_ids)
         grammar = self._grammar(params.structured_outputs)
         banned = self._bad_words(params.bad_words or [])
         eos = [] if params.ignore_eos else self._eos
@@ -119,6 +122,7 @@ class OutputProcessor:
                 seed=params.seed,
                 sample_index=i,
                 bad_words=banned,
+                thoughts=thoughts,
                 grammar=grammar,
                 logprobs=0 if request.ranked and params.logprobs is None else params.logprobs,
                 prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # the others share its prompt
@@ -182,6 +186,15 @@ class OutputProcessor:
         self._requests.pop(request.id, None)
         ids = [request.core_id(sequence.index) for sequence in request.sequences]
         return [id for id in ids if self._sequences.pop(id, None)]
+
+    def _thoughts(self, budget: int | None, prompt: Sequence[int]) -> Thoughts | None:
+        if budget is None:
+            return None
+        if self._tags is None:
+            told = "thinking_token_budget needs a model that reasons between <think> and </think>, as tokens"
+            raise InvalidRequest(told, "thinking_token_budget", "unsupported_field")
+        assert self._tokenizer is not None
+        return self._tags.held(self._tokenizer, prompt, budget)
 
     def _grammar(self, wanted: object) -> Grammar | None:
         if not isinstance(wanted, Constraint):

@@ -1,7 +1,7 @@
 """Reading an output: reasoning, content and tool calls instead of plain text, where a model writes them."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from jaxserve.engine.messages import Thoughts
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text import call_grammar
@@ -22,12 +23,15 @@ from jaxserve.text.parsers import (
     tool_parser,
 )
 from jaxserve.text.parsers.registry import Format
+from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools import ToolUse
 
 MakeParser = Callable[[], OutputParser]
 PROMPT_END = 256
 """Characters of the prompt that tell a parser how the template began the answer."""
+PROMPT_TOKENS = 8
+"""Its last tokens, for the same."""
 
 
 def load_plugin(path: Path) -> None:
@@ -41,15 +45,35 @@ def load_plugin(path: Path) -> None:
         raise ConfigError(f"tool_parser_plugin {path} failed: {type(error).__name__}: {error}") from error
 
 
+class Tags(NamedTuple):
+    """The tokens around a model's thoughts."""
+
+    open: int
+    close: int
+    always: bool
+    """It thinks, whether it says so or not."""
+
+    def held(self, tokenizer: Tokenizer, prompt: Sequence[int], budget: int) -> Thoughts | None:
+        """What the output after a prompt is held to; None where thinking is turned off."""
+        end = (token for token in reversed(prompt[-PROMPT_TOKENS:]) if tokenizer.token_text(token).strip())
+        last = next(end, None)
+        if last == self.close:
+            return None
+        return Thoughts(budget, self.close, None if self.always or last == self.open else self.open)
+
+
 class Formats(NamedTuple):
     """How a model writes."""
 
     tools: Format | None
     reasoning: Format | None
+    chosen: tuple[str, str, str] = ("auto", "auto", "")
+    """By which names, and the type of the model."""
 
     @classmethod
     def choose(cls, tools: str, reasoning: str, model_type: str, template: str | None) -> "Formats":
         """By the names of parsers, of which `auto` and `none` are two. Raises ConfigError."""
+        chosen = tools, reasoning, model_type
         if tools == "auto":
             tools = choose_tool_parser(model_type, template or "")
         if reasoning == "auto":
@@ -57,7 +81,19 @@ class Formats(NamedTuple):
         return cls(
             None if tools == "none" else tool_parser(tools),
             None if reasoning == "none" else reasoning_parser(reasoning),
+            chosen,
         )
+
+    def of(self, template: str | None) -> "Formats":
+        """With a request's own template."""
+        return self if template is None else self.choose(*self.chosen, template)
+
+    def tags(self, tokenizer: Tokenizer | None) -> Tags | None:
+        """None for a model that does not think, or spells its tags."""
+        if tokenizer is None or self.reasoning not in (deepseek_r1, qwen3):
+            return None
+        open, close = map(tokenizer.backend.token_to_id, (OPEN, CLOSE))
+        return None if open is None or close is None else Tags(open, close, self.reasoning is deepseek_r1)
 
     def reading(
         self, tokenizer: Tokenizer, use: ToolUse, prompt: str, params: SamplingParams
@@ -68,6 +104,8 @@ class Formats(NamedTuple):
         if use.offered and tools is None:
             told = "tools need an engine with a --tool-call-parser"
             raise InvalidRequest(told, "tools", "unsupported_field")
+        if tools is not None and not params.detokenize:
+            raise InvalidRequest("tools need detokenize: true", "detokenize")
         end, wanted = prompt[-PROMPT_END:], params.structured_outputs
         constraint = call_grammar.constraint(tools, self.reasoning, use, end, wanted)
         if constraint is not wanted:

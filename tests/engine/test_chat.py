@@ -155,3 +155,49 @@ def test_params_of_a_chat_keep_their_form_behind_thoughts(make_engine):
         options = {"chat_template": "Hm</think>", "use_progress": False}
         (answer,) = engine.chat([USER], params, **options)
         assert answer.outputs[0].message.content in ("yes", "no")
+
+
+@pytest.fixture(scope="module")
+def thinker(make_engine, model_dir, tmp_path_factory):
+    """A model with `<think>` (4) and `</think>` (5)."""
+    path = tmp_path_factory.mktemp("thinker")
+    for file in model_dir.iterdir():
+        text = file.read_bytes().replace(b"<|tool|>", b"<think>").replace(b"<|fails|>", b"</think>")
+        (path / file.name).write_bytes(text)
+    with make_engine(model=str(path), reasoning_parser="deepseek_r1") as engine:
+        yield engine
+
+
+def test_thoughts_end_after_their_budget(thinker):
+    params = [
+        SamplingParams(seed=i, max_tokens=40, ignore_eos=True, thinking_token_budget=budget)
+        for i, budget in enumerate((0, 1, 7, 30, 100))
+    ]
+    answers = thinker.chat([[USER]] * len(params), params, use_progress=False)
+    for answer, wanted in zip(answers, params, strict=True):
+        (output,) = answer.outputs
+        ends = [i for i, token in enumerate(output.token_ids) if token == 5]
+        if wanted.thinking_token_budget < 40:
+            assert ends and ends[0] <= wanted.thinking_token_budget
+            assert output.reasoning_tokens == ends[0]
+    assert answers[2].outputs[0].token_ids[7] == 5
+    # those before are the ones that came without
+    (free,) = thinker.chat([USER], SamplingParams(seed=2, max_tokens=40, ignore_eos=True), use_progress=False)
+    assert free.outputs[0].token_ids[:7] == answers[2].outputs[0].token_ids[:7]
+    off = "<think></think>"
+    params = SamplingParams(seed=2, max_tokens=5, ignore_eos=True, thinking_token_budget=0)
+    (answer,) = thinker.chat([USER], params, chat_template=off, use_progress=False)
+    assert answer.outputs[0].token_ids[0] != 5
+
+
+def test_thoughts_a_budget_and_a_call_that_must_come(thinker):
+    params = SamplingParams(n=3, seed=1, max_tokens=200, thinking_token_budget=5)
+    options = {"chat_template": "{{ tools[0].function.name }}?", "use_progress": False}
+    (answer,) = thinker.chat(
+        [USER], params, tools=[MOVE], tool_choice="required", parallel_tool_calls=False, **options
+    )
+    for output in answer.outputs:
+        (call,) = output.message.tool_calls
+        assert json.loads(call.arguments)["to"] in ("left", "right")
+        # a grammar lets no character be cut, and here a token is a byte
+        assert output.reasoning_tokens <= 5 + 3 and output.finish_reason == "stop"

@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from jaxserve.engine.messages import CoreOutput
+from jaxserve.engine.messages import CoreOutput, Thoughts
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.structs import to_struct
 from jaxserve.text.output import OutputProcessor
-from jaxserve.text.parsers import merged
+from jaxserve.text.parsers import merged, reasoning_parser, tool_parser
 from jaxserve.text.reading import Formats
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools import ToolUse
@@ -107,9 +107,48 @@ def test_without_tools_and_reasoning_there_is_no_parser(tok):
 
 
 def test_the_names_of_parsers():
-    assert Formats.choose("none", "none", "qwen3", "<think>") == (None, None)
+    assert Formats.choose("none", "none", "qwen3", "<think>")[:2] == (None, None)
     with pytest.raises(ConfigError, match="unknown tool parser 'hermse'"):
         Formats.choose("hermse", "auto", "", None)
     with pytest.raises(InvalidRequest) as error:
         reader(Formats.choose("none", "none", "", None), None, USE)
     assert error.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "thinks"),
+    [
+        ("qwen3", "Hi", "if it begins so"),
+        ("qwen3", "Hi<think>\n", True),
+        ("qwen3", "<think>\n\n</think>\n\n", False),
+        ("qwen3", "</think>Hi", "if it begins so"),
+        ("deepseek_r1", "Hi", True),
+        ("deepseek_r1", "</think>", False),
+    ],
+)
+def test_what_a_budget_of_thoughts_is_for(tok, parser, prompt, thinks):
+    tags = Formats.choose("hermes", parser, "", None).tags(tok)
+    proc = OutputProcessor(tok, [1], max_model_len=1000, tags=tags)
+    (core,) = proc.add("r", None, tok.encode(prompt, False), SamplingParams(thinking_token_budget=3))
+    open, close = tok.special_tokens["<think>"], tok.special_tokens["</think>"]
+    expected = {True: Thoughts(3, close, None), False: None}
+    assert core.thoughts == expected.get(thinks, Thoughts(3, close, open))
+
+
+def test_a_budget_needs_thoughts_between_tokens(tok, byte_level_tokenizer):
+    assert Formats.choose("hermes", "none", "", None).tags(tok) is None
+    assert Formats.choose("openai", "gpt_oss", "", None).tags(tok) is None
+    assert Formats.choose("hermes", "qwen3", "", None).tags(byte_level_tokenizer) is None
+    with pytest.raises(InvalidRequest) as error:
+        OutputProcessor(tok, [1], 100).add("r", None, [5], SamplingParams(thinking_token_budget=3))
+    assert error.value.param == "thinking_token_budget"
+
+
+def test_a_template_of_the_request_is_read_by_its_own_format():
+    formats = Formats.choose("auto", "auto", "llama", "{{ tools }} ipython")
+    assert formats.tools is tool_parser("llama3_json") and formats.of(None) is formats
+    assert formats.of("Hi").tools is tool_parser("hermes")
+    assert formats.of("{{ tools }} [TOOL_CALLS] <think>")[:2] == (
+        tool_parser("mistral"),
+        reasoning_parser("qwen3"),
+    )

@@ -39,7 +39,7 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     text, prompt = await render(state, conversation, params.truncate_prompt_tokens is not None)
     prompt = truncated(prompt, params, state.engine.max_model_len)
     assert state.engine.tokenizer is not None
-    formats = state.engine.formats
+    formats = state.engine.formats.of(conversation.chat_template)
     make_parser, params = formats.reading(state.engine.tokenizer, conversation, text, params)
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}

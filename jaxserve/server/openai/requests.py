@@ -72,6 +72,7 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    thinking_token_budget: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -127,6 +128,7 @@ _SHARED = (
     *("frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "seed", "stop"),
     *("stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
     *("detokenize", "ignore_eos", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens", "priority"),
+    "thinking_token_budget",
 )
 
 

@@ -57,7 +57,8 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
     params = request.params(state.engine.default_params)
     tokenizer = _tokenizer(state)
     text, tokens = await render(state, conversation, params.truncate_prompt_tokens is not None)
-    state.engine.formats.reading(tokenizer, conversation, text, params)
+    formats = state.engine.formats.of(conversation.chat_template)
+    formats.reading(tokenizer, conversation, text, params)
     return json_response(Render(text, truncated(tokens, params, state.engine.max_model_len)))
 
 
