@@ -118,7 +118,7 @@ class EndOfThoughts:
         if begin is None or self._ended or place - begin < self._thoughts.budget:
             return
         self._ended = self._thoughts.close in output[begin:]
-        if not self._ended:
+        if not self._ended and (mask & self._close).any():  # a grammar may want a character whole first
             mask &= self._close
 
     def _begin(self, output: Sequence[int]) -> int | None:
