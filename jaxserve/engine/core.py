@@ -23,7 +23,7 @@ from jaxserve.engine.certify import certify
 from jaxserve.engine.choosing import Chooser
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
 from jaxserve.engine.grammar.matcher import GrammarFailed, Matcher
-from jaxserve.engine.guide import failure, jumps
+from jaxserve.engine.guide import forced, refusal
 from jaxserve.engine.held import Held, load_vocabulary
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
@@ -399,7 +399,7 @@ class EngineCore:
                 reason = append(request, token)
                 taken = [token] if reason else [token, *self._jump(request)]
             except GrammarFailed as error:
-                self._refuse(request, failure(request, error))
+                self._refuse(request, refusal(request, error))
                 continue
             output = CoreOutput(id=spec.id, token_ids=taken, finish_reason=request.finish_reason)
             if spec.logprobs is not None:
@@ -421,11 +421,12 @@ class EngineCore:
         return outputs
 
     def _jump(self, request: Request) -> list[int]:
-        """Take the tokens that the request's grammar leaves no choice about; the step under way that would
-        sample the first of them does not."""
-        if request.matcher is None or not jumps(request) or not (forced := request.matcher.forced()):
+        """Take what the request's grammar leaves no choice about; the step under way that would sample the
+        first of these tokens does not."""
+        tokens = forced(request, self._scheduler.running)
+        if not tokens:
             return []
-        taken = self._scheduler.extend(request, forced)
+        taken = self._scheduler.extend(request, tokens)
         self._tokens["forced"] += len(taken)
         for flight in self._flights:
             for row, chunk in enumerate(flight.chunks):

@@ -1,14 +1,19 @@
 """What the grammars of a step's requests let come next."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from jaxserve.engine.grammar.matcher import GrammarFailed, Masks, Matcher, Words
+from jaxserve.engine.grammar.matcher import GrammarFailed, Masks, Words
 from jaxserve.engine.request import Request
 from jaxserve.engine.shaping import is_shaped
 from jaxserve.errors import InvalidRequest
+
+THREADS = min(8, (os.cpu_count() or 1) // 2)
+"""That fill masks; the others have the forward pass."""
+FEW = 256
+"""Where more words of a mask have bits, nothing is forced."""
 
 
 class Guide:
@@ -23,33 +28,34 @@ class Guide:
         guided = [(row, request, request.matcher) for row, request in rows if request.matcher is not None]
         if not guided:
             return
-        found = np.zeros((len(guided), masks.shape[1]), np.uint32)
-        undecided: list[tuple[Matcher, int]] = []
-        for i, (_, request, matcher) in enumerate(guided):
-            if not request.rules and (forced := matcher.forced()):
-                found[i, forced[0] // 32] = 1 << forced[0] % 32  # the token that would come by a jump
-            else:
-                undecided.append((matcher, i))
         if self._masks is None:
-            self._masks = Masks(os.cpu_count() or 1)
-        for i in self._masks.fill(undecided, found):
-            _, request, matcher = guided[i]
-            found[i] = 2**32 - 1  # its token is dropped
-            try:
-                matcher.check()
-            except GrammarFailed as error:
-                self._refuse(request, failure(request, error))
+            self._masks = Masks(THREADS)
+        found = np.zeros((len(guided), masks.shape[1]), np.uint32)
+        self._masks.fill([(matcher, i) for i, (_, _, matcher) in enumerate(guided)], found)
+        few = np.count_nonzero(found, axis=1) <= FEW
+        for i, (_, request, matcher) in enumerate(guided):
+            if error := matcher.failure:
+                self._refuse(request, refusal(request, error))
+                found[i] = 2**32 - 1  # its token is dropped
+            elif few[i] and not request.rules and (forced := matcher.forced()):
+                found[i] = 0  # but for what would come by a jump
+                found[i, forced[0] // 32] = 1 << forced[0] % 32
         masks[[row for row, _, _ in guided]] = found
 
 
-def jumps(request: Request) -> bool:
-    """Whether tokens that the grammar forces may come without a step that samples them."""
+def forced(request: Request, running: Iterable[Request]) -> list[int]:
+    """The tokens that the grammar leaves no choice about, where they may come without being sampled.
+
+    A step computes them all, which takes longer: not while one without a grammar is among those `running`.
+    """
     spec = request.spec
     sampled = spec.logprobs is not None or spec.logits_processors or request.rules or is_shaped(spec)
-    return request.matcher is not None and not sampled
+    if request.matcher is None or sampled or any(other.matcher is None for other in running):
+        return []
+    return request.matcher.forced()
 
 
-def failure(request: Request, error: GrammarFailed) -> InvalidRequest:
+def refusal(request: Request, error: GrammarFailed) -> InvalidRequest:
     assert request.spec.grammar is not None
     param = request.spec.grammar.param
     return InvalidRequest(f"{param}: {error}", param)

@@ -101,6 +101,14 @@ def test_what_is_forced_takes_no_steps(engine, counted):
     assert grew["forced_tokens"] >= len("o way") and grew["steps"] < len(tokens) / 2
 
 
+def test_nothing_is_taken_without_sampling_while_that_would_hold_up_others(engine, counted):
+    (alone,) = engine.generate(PROMPT, params({"choice": CHOICES}))  # and the grammar is there at once
+    plain = params(ignore_eos=True, max_tokens=60)
+    outputs, grew = counted(lambda: engine.generate([PROMPT] * 2, [plain, params({"choice": CHOICES})]))
+    assert outputs[1].outputs[0].text in CHOICES and grew["forced_tokens"] == 0
+    assert alone.outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
 @pytest.mark.parametrize(
     "more",
     [{"logprobs": 2}, {"presence_penalty": 1e-9}, {"logits_processors": [lambda tokens, logits: logits]}],

@@ -40,11 +40,18 @@ class Matcher:
         self.inner.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
         self.check()
 
+    @property
+    def failure(self) -> GrammarFailed | None:
+        """Why a mask could not be computed: it allows but the end."""
+        if not self.inner.is_error():
+            return None
+        told = self.inner.get_error().partition("\n")[0]
+        return GrammarFailed(f"the grammar became too complex: {told}")
+
     def check(self) -> None:
-        """Raises GrammarFailed after a mask that could not be computed: it allows but the end."""
-        if self.inner.is_error():
-            told = self.inner.get_error().partition("\n")[0]
-            raise GrammarFailed(f"the grammar became too complex: {told}")
+        """Raises GrammarFailed after a mask that could not be computed."""
+        if failure := self.failure:
+            raise failure
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False, and nothing changes, where the grammar does not allow it.
@@ -91,16 +98,21 @@ class Matcher:
 
 
 class Masks:
-    """Fills the rows of many sequences at once, on threads that need no Python."""
+    """Fills the rows of many sequences at once, on so many threads that need no Python."""
 
     def __init__(self, threads: int):
-        from llguidance import LLExecutor
+        self._executor: Any = None
+        if threads > 1:  # else waking one costs more than it does
+            from llguidance import LLExecutor
 
-        self._executor: Any = LLExecutor(num_threads=threads)
+            self._executor = LLExecutor(num_threads=threads)
 
     def fill(self, rows: Sequence[tuple[Matcher, int]], out: Words) -> list[int]:
         """Row i of `out` [rows, words], contiguous, for each (matcher, i); the rows whose grammar failed."""
-        if rows:
+        if self._executor is None:
+            for matcher, row in rows:
+                matcher.inner.unsafe_compute_mask_ptr(out[row].ctypes.data, out.shape[1] * 4)
+        elif rows:
             pairs = [(matcher.inner, row) for matcher, row in rows]
             self._executor.unsafe_compute_mask_ptr(pairs, out.ctypes.data, out.shape[1] * 4, out.shape[0])
-        return [row for matcher, row in rows if matcher.inner.is_error()]
+        return [row for matcher, row in rows if matcher.failure]
