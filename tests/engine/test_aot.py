@@ -24,24 +24,26 @@ GPUS = {
     "8B h200": Expected(
         32,
         4096,
-        {"decode[1]": 587, "decode[64]": 395, "decode[256]": 362, "mixed[512]": 415, "mixed[8192]": 429},
+        {"decode[1]": 587, "decode[64]": 395, "decode[256]": 362, "mixed[512]": 416, "mixed[8192]": 431},
         {"decode": 0, "mixed": 0},
     ),
     "8B h200 mosaic": Expected(
         32,
         4096,
-        {"decode[1]": 585, "decode[64]": 426, "decode[256]": 426, "mixed[512]": 541, "mixed[8192]": 557},
+        {"decode[1]": 585, "decode[64]": 426, "decode[256]": 426, "mixed[512]": 542, "mixed[8192]": 557},
         {"decode": 0, "mixed": 0},
     ),
     "70B h200 4x1": Expected(
         80,
         8192,
-        {"decode[1]": 1455, "decode[64]": 1253, "decode[256]": 1013, "mixed[512]": 1180, "mixed[8192]": 1217},
+        {"decode[1]": 1455, "decode[64]": 1253, "decode[256]": 1013, "mixed[512]": 1181, "mixed[8192]": 1219},
         {"decode": 487, "mixed": 487},
     ),
 }
 CHOOSING = {"greedy": 4, "random": 4, "full": 20}
 """Kernels in which tokens are chosen, by variant."""
+SHAPING = 9
+"""Kernels that shape logits without typical_p."""
 TPUS = {"8B v5e 4x1": Expected(32, 4096, {}, {}), "8B v6e": Expected(32, 4096, {}, {})}
 MODELS = GPUS | TPUS
 ON_GPU = [pytest.param(name, marks=pytest.mark.aot("gpu")) for name in GPUS]
@@ -103,6 +105,15 @@ def test_a_step_is_so_many_kernels_in_command_buffers_without_loop_or_branch(nam
         assert report["kernels"] <= model.kernels[report["program"]], report
         kind = report["program"].partition("[")[0]
         assert sum(report["outside"].values()) <= model.outside[kind], report
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_logits_are_shaped_in_one_command_buffer(name):
+    plain = [report for report in steps(name, "shape") if report["program"].endswith("plain")]
+    assert plain
+    for report in plain:
+        assert not report["loops"] and not report["branches"] and not report["outside"], report
+        assert report["kernels"] <= SHAPING, report
 
 
 @pytest.mark.parametrize("name", ON_GPU)
