@@ -23,6 +23,8 @@ LONGEST = 2**20
 """Items of a list, characters of a text: what must have more is no model's output."""
 DEEPEST = 50
 """Schemas within schemas; the library parses 128 levels of JSON."""
+MOST = 2**16
+"""Schemas in one: other requests of the server wait while they are looked through."""
 
 
 def checked(schema: Any, param: str) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class _Check:
     def __init__(self, root: Mapping[str, Any], param: str):
         self.root = root
         self.param = param
+        self.seen = 0
 
     def refuse(self, pointer: str, why: str) -> InvalidRequest:
         return InvalidRequest(f"{self.param}: {why} (at #{pointer})", f"{self.param}#{pointer}")
@@ -68,6 +71,9 @@ class _Check:
             raise self.refuse(at, "a schema must be an object or a boolean")
         if depth > DEEPEST:
             raise self.refuse(at, f"schemas lie more than {DEEPEST} deep within each other")
+        self.seen += 1
+        if self.seen > MOST:
+            raise self.refuse(at, f"more than {MOST} schemas lie within each other or side by side")
         # saying that nothing is limited
         schema = {k: v for k, v in schema.items() if not (k in ("uniqueItems", "nullable") and v is False)}
         for key in schema.keys() & UNENFORCED:

@@ -39,6 +39,7 @@ SCHEMAS = [
     ({"type": "string", "minLength": 2**20 + 1}, "/minLength"),
     ({"type": "object", "minProperties": 2}, "/minProperties"),
     (DEEP, "/items" * (schema.DEEPEST + 1)),
+    ({"anyOf": [{}] * 2**17}, f"/anyOf/{schema.MOST - 1}"),
     # found by the library
     ({"properties": {"a": {"type": "string", "pattern": "(?=x)"}}}, "/properties/a"),
     ({"properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]}, "/properties/a"),
