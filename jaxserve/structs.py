@@ -1,6 +1,7 @@
 """Plain values as a checked struct: exact types, nothing unknown, nothing ignored."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -8,6 +9,8 @@ import msgspec
 from jaxserve.errors import InvalidRequest
 
 Wire = TypeVar("Wire", bound=msgspec.Struct)
+DEEPEST = 100
+"""Levels of JSON within JSON; writing it again takes as many calls."""
 
 
 def to_struct(fields: dict[str, Any], kind: type[Wire]) -> Wire:
@@ -31,3 +34,15 @@ def _explained(text: str) -> InvalidRequest:
         return InvalidRequest(f"{path} is required", path, "missing_field")
     problem = problem[:1].lower() + problem[1:]
     return InvalidRequest(f"{path}: {problem}" if path else problem, path or None, "invalid_value")
+
+
+def is_deep(value: Any) -> bool:
+    """Whether it has more than `DEEPEST` levels."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for each in level for item in _items(each)]
+    return bool(level)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

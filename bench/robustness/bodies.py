@@ -147,7 +147,8 @@ def tools(rng: random.Random) -> Case:
             ),
         ]
     )
-    body = to_json(CHAT | {"tools": f"[{tool}]"})
+    choice = rng.choice(['"auto"', '"required"', '{"type": "function", "function": {"name": "f"}}'])
+    body = to_json(CHAT | {"tools": f"[{tool}]", "tool_choice": choice})
     param = place if valid else None
     return Case("tools", [request("/v1/chat/completions", body)], statuses=(200, 400), param=param)
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from jaxserve.errors import InvalidRequest, JaxserveError, ModelError
+from jaxserve.structs import is_deep
 from jaxserve.text import tool_prompt
 from jaxserve.text.tool_prompt import Message
 
@@ -206,7 +207,7 @@ def _call(call: Any, path: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # what a model wrote may be no JSON
             read = json.loads(arguments)
-            arguments = read if isinstance(read, dict) else arguments
+            arguments = read if isinstance(read, dict) and not is_deep(read) else arguments
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -214,10 +215,11 @@ def _with_names(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Some templates write which tool answered, and OpenAI's clients only say to which call."""
     called: dict[str, str] = {}
     for message in chat:
-        called |= {str(call.get("id")): call["function"]["name"] for call in message.get("tool_calls") or ()}
-        answered = message.get("tool_call_id")
-        if message["role"] == "tool" and not message.get("name") and str(answered) in called and answered:
-            message["name"] = called[str(answered)]
+        for call in message.get("tool_calls") or ():
+            called[str(call.get("id"))] = call["function"]["name"]
+        answered = str(message.get("tool_call_id", ""))
+        if message["role"] == "tool" and answered in called:
+            message.setdefault("name", called[answered])
     return chat
 
 

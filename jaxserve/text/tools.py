@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxserve.errors import InvalidRequest
+from jaxserve.structs import is_deep
 
 Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
@@ -96,3 +97,5 @@ def _check_parameters(schema: dict[str, Any], path: str) -> None:
         raise InvalidRequest(f"{path}.type must be 'object'", f"{path}.type", "invalid_value")
     if not isinstance(schema.get("properties", {}), dict):
         raise InvalidRequest(f"{path}.properties must be an object", f"{path}.properties", "invalid_value")
+    if is_deep(schema):
+        raise InvalidRequest(f"{path} is nested too deeply", path, "invalid_value")

@@ -16,6 +16,13 @@ def part(**fields):
     return message(content=[{"type": "text", "text": "a"}, fields])
 
 
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 def tool(**fields):
     return {"type": "function", "function": {"name": "f"} | fields}
 
@@ -87,6 +94,7 @@ CHAT = [
     ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters.type"),
     ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
+    ({"tools": [tool(parameters=nested(990))]}, "tools[0].function.parameters"),
     ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
     ({"tools": [tool(arguments={})]}, "tools[0].function.arguments"),
     ({"tools": [tool()], "detokenize": False}, "detokenize"),
