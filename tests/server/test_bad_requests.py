@@ -16,13 +16,6 @@ def part(**fields):
     return message(content=[{"type": "text", "text": "a"}, fields])
 
 
-def nested(levels):
-    value = {}
-    for _ in range(levels):
-        value = {"a": value}
-    return value
-
-
 def tool(**fields):
     return {"type": "function", "function": {"name": "f"} | fields}
 
@@ -94,7 +87,6 @@ CHAT = [
     ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
     ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters.type"),
     ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
-    ({"tools": [tool(parameters=nested(990))]}, "tools[0].function.parameters"),
     ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
     ({"tools": [tool(arguments={})]}, "tools[0].function.arguments"),
     ({"tools": [tool()], "detokenize": False}, "detokenize"),
@@ -293,6 +285,14 @@ def test_completion(http, fields, param):
     body = {"model": "tiny", "prompt": "Hello"} | fields
     error = check(http.post("/v1/completions", json=body), 400, param)
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("levels", [200, 900, 990])
+def test_tools_that_are_nested_too_deeply(http, levels):
+    schema = '{"a":' * levels + "1" + "}" * levels
+    body = json.dumps({"messages": MESSAGES, "tools": [tool(parameters={"b": 0})]}).replace("0", schema)
+    response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "nested too deeply" in response.text
 
 
 def test_too_long_says_all_three_numbers(http):
