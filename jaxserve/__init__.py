@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine as Engine
     from jaxserve.outputs import CompletionOutput as CompletionOutput
     from jaxserve.outputs import RequestOutput as RequestOutput
+    from jaxserve.sampling_params import BeamSearchParams as BeamSearchParams
     from jaxserve.sampling_params import SamplingParams as SamplingParams
     from jaxserve.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
@@ -19,6 +20,7 @@ _HOME = {
     "Engine": "jaxserve.engine.engine",
     "LLM": "jaxserve.engine.engine",
     "AsyncEngine": "jaxserve.engine.async_engine",
+    "BeamSearchParams": "jaxserve.sampling_params",
     "SamplingParams": "jaxserve.sampling_params",
     "StructuredOutputsParams": "jaxserve.sampling_params",
     "RequestOutput": "jaxserve.outputs",

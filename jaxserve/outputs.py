@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
 from jaxserve.text.parsers.events import Event, Message, collect
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -82,3 +83,43 @@ class RequestOutput(msgspec.Struct):
     def metrics(self) -> SequenceMetrics:
         """Of the first of these outputs; with `n` > 1 each has its own."""
         return self.outputs[0].metrics
+
+    def raise_failure(self) -> None:
+        """Raises QueueFull, InvalidRequest or EngineDied for a request that failed."""
+        if self.error_code == "queue_full":
+            raise QueueFull(f"request {self.request_id}: {self.error}")
+        if self.error_code == "invalid_request":
+            raise InvalidRequest(self.error or "", self.error_param)
+        if self.error is not None:
+            raise EngineDied(f"request {self.request_id}: {self.error}")
+
+
+class BeamSearchSequence(msgspec.Struct):
+    """A sequence that a beam search found. As in vLLM its tokens and text begin with the prompt's."""
+
+    tokens: list[int]
+    text: str | None
+    """None without a tokenizer."""
+    cum_logprob: float
+    score: float
+    """What it is ranked by: the log probability under the length penalty."""
+    output: CompletionOutput
+    """What comes after the prompt."""
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]]:
+        return self.output.logprobs or []
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.output.finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        return self.output.stop_reason
+
+
+class BeamSearchOutput(msgspec.Struct):
+    """What a beam search found for one prompt, the best first."""
+
+    sequences: list[BeamSearchSequence]

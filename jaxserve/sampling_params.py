@@ -8,10 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from jaxserve.engine.grammar.constraint import Constraint, StructuredOutputs, from_structured_outputs
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import InvalidRequest, renamed
 
 MAX_SEQUENCES = 128
 MAX_LOGPROBS = 20
+MAX_BEAMS = 10
+"""Of its likeliest next tokens a beam knows `MAX_LOGPROBS`: those that go on, and as many that may end it."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 1024
@@ -31,6 +33,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     n: Annotated[int, Meta(description="sequences to give for the prompt")] = 1
     best_of: Annotated[int | None, Meta(description="sequences to generate; the n best are given")] = None
+    use_beam_search: Annotated[bool, Meta(description="n of the likeliest, found with best_of beams")] = False
+    length_penalty: Annotated[float, Meta(description="of beams: above 0 prefers long ones")] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"], Meta(description="when a beam search ends, as in transformers")
+    ] = False
     temperature: Annotated[float, Meta(description="0 chooses the likeliest token")] = 1.0
     top_p: Annotated[float, Meta(description="smallest set of tokens with this mass")] = 1.0
     top_k: Annotated[int, Meta(description="this many likeliest tokens; 0 or -1: all")] = 0
@@ -104,11 +111,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, Constraint):
             self.structured_outputs = from_structured_outputs(self.structured_outputs)
         _processors(self.logits_processors)
+        _beams(self)
 
     @property
     def num_sequences(self) -> int:
         """How many are generated; `n` of them are given."""
         return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the sequences that are given are chosen by their log probabilities once all have ended."""
+        return self.num_sequences > self.n and not self.use_beam_search
 
     @property
     def greedy(self) -> bool:
@@ -125,8 +138,79 @@ _OPTIONAL = (
 )
 _SWITCHES = (
     *("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"),
-    "spaces_between_special_tokens",
+    *("spaces_between_special_tokens", "use_beam_search"),
 )
+_NOT_WITH_BEAMS: dict[str, tuple[object, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "min_tokens": (0,),
+    "stop": (None, []),
+    "prompt_logprobs": (None,),
+    "thinking_token_budget": (None,),
+    "structured_outputs": (None,),
+    "logits_processors": (None, []),
+}
+"""What would choose other tokens than the likeliest, or end a beam, and the values that don't."""
+
+
+def _beams(params: SamplingParams) -> None:
+    _number("length_penalty", params.length_penalty, -10.0, 10.0)
+    _one_of("early_stopping", params.early_stopping, (True, False, "never"))
+    if not params.use_beam_search:
+        for name, nothing in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(params, name) != nothing:
+                raise InvalidRequest(f"{name} needs use_beam_search", name)
+        return
+    if params.num_sequences > MAX_BEAMS:
+        name = "n" if params.best_of is None else "best_of"
+        told = f"a beam search has at most {MAX_BEAMS} beams, not {params.num_sequences}"
+        raise InvalidRequest(told, name)
+    for name, harmless in _NOT_WITH_BEAMS.items():
+        if getattr(params, name) not in harmless:
+            param = getattr(getattr(params, name), "param", name)  # of a constraint: what the client wrote
+            told = f"{param} cannot be used with use_beam_search: beams are the model's likeliest sequences"
+            raise InvalidRequest(told, param)
+
+
+class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What `Engine.beam_search` looks for: the `beam_width` likeliest outputs that it finds.
+
+    They are ranked by log probability / length ** `length_penalty`, where the length counts the output's
+    tokens, an end of sequence among them. `temperature` is 0 or 1: both leave probabilities as they are.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    include_stop_str_in_output: bool = False
+
+    def sampling_params(self) -> SamplingParams:
+        """The same as a request. Raises InvalidRequest naming the field for a value out of range."""
+        with renamed({"n": "beam_width"}):
+            return SamplingParams(
+                n=self.beam_width,
+                use_beam_search=True,
+                max_tokens=self.max_tokens,
+                ignore_eos=self.ignore_eos,
+                temperature=self.temperature,
+                length_penalty=self.length_penalty,
+                early_stopping=self.early_stopping,
+                include_stop_str_in_output=self.include_stop_str_in_output,
+                logprobs=0,
+                output_kind="final",
+            )
 
 
 def _stop_strings(stop: object) -> None:

@@ -18,7 +18,7 @@ SHARED = (
     *("priority", "prompt_logprobs", "allowed_token_ids", "structured_outputs", "request_id"),
     *("return_token_ids", "add_special_tokens", "frequency_penalty", "repetition_penalty", "typical_p"),
     *("bad_words", "min_tokens", "truncate_prompt_tokens", "spaces_between_special_tokens", "detokenize"),
-    "return_tokens_as_token_ids",
+    *("return_tokens_as_token_ids", "use_beam_search", "length_penalty", "early_stopping"),
 )
 OWN = {
     "/v1/chat/completions": (

@@ -15,10 +15,10 @@ from jaxserve.engine.messages import FromCore, Hello, ResetPrefixCache
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.replica import Died, Replica, ThreadReplica
 from jaxserve.engine.stats import add_up
-from jaxserve.errors import EngineDied, InvalidRequest, JaxserveError
+from jaxserve.errors import EngineDied, InvalidRequest, JaxserveError, renamed
 from jaxserve.options import build
-from jaxserve.outputs import RequestOutput
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.outputs import BeamSearchOutput, RequestOutput
+from jaxserve.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.text_side import TextSide
@@ -163,6 +163,19 @@ class AsyncEngine:
                     return
         finally:
             self.end(job)
+
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, tenant: str = ""
+    ) -> BeamSearchOutput:
+        """The likeliest completions of the prompt, the best first. Raises as `generate`."""
+        from jaxserve.text.beams import beam_search_output
+
+        with renamed({"n": "beam_width"}):
+            outputs = self.generate(prompt, params.sampling_params(), request_id, tenant)
+            async with contextlib.aclosing(outputs):
+                found = [output async for output in outputs][-1]
+        found.raise_failure()
+        return beam_search_output(found, params, self.tokenizer)
 
     async def submit(
         self,

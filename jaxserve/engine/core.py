@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compilation, pages
+from jaxserve.engine.beams import Searches
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
 from jaxserve.engine.choosing import Chooser
@@ -40,6 +41,7 @@ from jaxserve.errors import EngineDied, InvalidRequest, QueueFull
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.hub import resolve
 from jaxserve.outputs import ErrorCode
+from jaxserve.sampling_params import MAX_LOGPROBS
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._pool, self.shapes.max_num_seqs, config.enable_prefix_caching, policy_of(config)
         )
+        self._searches = Searches(self._scheduler)
         self._flights: deque[Flight] = deque()
         self._overlap = config.overlap
         self._failed_steps = 0
@@ -183,7 +186,8 @@ class EngineCore:
 
     def _queue(self, request: CoreRequest, came: float, matcher: Matcher | None = None) -> None:
         try:
-            added = self._scheduler.add(request, came)
+            add = self._scheduler.add if request.beams is None else self._searches.add
+            added = add(request, came)
             added.queued_at = came
             added.rules = rules_of(request, self.shapes.vocab)
             if matcher is not None:
@@ -200,6 +204,7 @@ class EngineCore:
     def abort(self, id: str, keep: int | None = None) -> None:
         """End a sequence; its blocks are free at once. Nothing happens for an unknown id."""
         self._held.abort(id)
+        self._searches.abort(id)
         if request := self._scheduler.get(id):
             self._scheduler.finish(request, "abort" if keep is None else "stop")
 
@@ -353,8 +358,15 @@ class EngineCore:
 
     def _refuse(self, request: Request, error: InvalidRequest) -> None:
         """End a request that cannot go on as it is."""
-        self._scheduler.finish(request, "error")
-        self._refused.append(_refusal(request.id, error))
+        self._refused.append(_refusal(self._end(request), error))
+
+    def _end(self, request: Request) -> str:
+        """End a request that failed, with all beams of its search; the id that is told so."""
+        if request.beam is None:
+            self._scheduler.finish(request, "error")
+            return request.id
+        self._searches.end(request.beam.search, "error")
+        return request.beam.search.spec.id
 
     def _collect(self) -> list[CoreOutput]:
         """Read the oldest step in flight. The first that cannot be read is the one that failed: an error
@@ -395,6 +407,12 @@ class EngineCore:
                 request.inflight -= 1
                 continue
             token, spec = tokens[row], request.spec
+            if request.beam is not None:
+                if not request.output:
+                    self._tokens["prompt"] += len(spec.prompt)
+                (candidates,) = _logprobs(host, row, 1, MAX_LOGPROBS)
+                outputs += self._searches.take(request, candidates)
+                continue
             try:
                 reason = append(request, token)
                 taken = [token] if reason else [token, *self._jump(request)]
@@ -446,9 +464,8 @@ class EngineCore:
         outputs = []
         for request in [chunk.request for chunk in failed]:
             if request.finish_reason is None:
-                self._scheduler.finish(request, "error")
                 told = f"a step failed: {reason}"
-                outputs.append(CoreOutput(id=request.id, finish_reason="error", error=told))
+                outputs.append(CoreOutput(id=self._end(request), finish_reason="error", error=told))
         for chunk in [chunk for flight in self._flights for chunk in flight.chunks]:
             chunk.request.inflight = 0
         self._flights.clear()

@@ -16,12 +16,13 @@ from jaxserve.engine.plan import Plan
 from jaxserve.engine.prompts import Prompt, is_token_ids, parse_prompt
 from jaxserve.engine.stats import StepRecord, add_up
 from jaxserve.engine.text_side import load_text_side
-from jaxserve.errors import EngineDied, InvalidRequest, QueueFull, renamed
+from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.loading.hub import resolve
 from jaxserve.options import build
-from jaxserve.outputs import RequestOutput
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.outputs import BeamSearchOutput, RequestOutput
+from jaxserve.sampling_params import BeamSearchParams, SamplingParams
 from jaxserve.structs import to_struct
+from jaxserve.text.beams import beam_search_output
 from jaxserve.text.output import OutputProcessor
 from jaxserve.text.reading import MakeParser
 from jaxserve.text.tools import ToolUse
@@ -147,6 +148,20 @@ class Engine:
         with renamed({"prompt": "messages"}):
             return self._complete(prompts, settled, use_progress)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_progress: bool = True,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest completions of each prompt, the best first. Raises InvalidRequest before it runs.
+
+        For requests of other kinds beside it: `SamplingParams(use_beam_search=True, n=…)`.
+        """
+        with renamed({"n": "beam_width"}):
+            found = self.generate(prompts, params.sampling_params(), use_progress)
+        return [beam_search_output(output, params, self.tokenizer) for output in found]
+
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
@@ -271,7 +286,7 @@ class Engine:
             while inbox or not self._core_of.keys().isdisjoint(ids):
                 if inbox:
                     output = inbox.popleft()
-                    _raise_failure(output)
+                    output.raise_failure()
                     yield output
                 else:
                     self._turn()
@@ -318,6 +333,11 @@ class LLM(Engine):
     ) -> list[RequestOutput]:
         return super().chat(messages, sampling_params, use_tqdm, **options)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        return super().beam_search(prompts, params, use_tqdm)
+
     def get_default_sampling_params(self) -> SamplingParams:
         return self.default_params()
 
@@ -333,12 +353,3 @@ def _with_kind(params: SamplingParams, kind: str) -> SamplingParams:
     import msgspec
 
     return msgspec.structs.replace(params, output_kind=kind)
-
-
-def _raise_failure(output: RequestOutput) -> None:
-    if output.error_code == "queue_full":
-        raise QueueFull(f"request {output.request_id}: {output.error}")
-    if output.error_code == "invalid_request":
-        raise InvalidRequest(output.error or "", output.error_param)
-    if output.error is not None:
-        raise EngineDied(f"request {output.request_id}: {output.error}")

@@ -21,6 +21,16 @@ class Thoughts(msgspec.Struct, array_like=True):
     """The token that begins them, if the output does; None: they have begun."""
 
 
+class BeamSearch(msgspec.Struct, kw_only=True):
+    """The likeliest sequences are searched for with so many beams."""
+
+    ids: list[str]
+    """Of the sequences to give, the best first."""
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
 class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """One sequence to generate. Already validated; `max_tokens` fits the context and the pool."""
 
@@ -62,6 +72,7 @@ class CoreRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     """Whose it is: tenants take turns."""
     priority: int = 0
     """Lower goes first."""
+    beams: BeamSearch | None = None
     follows: bool = False
     """Its request has an earlier sequence: the queue's limit is for requests."""
 

@@ -7,6 +7,7 @@ from jaxserve.engine.prefix_cache import Node
 from jaxserve.outputs import FinishReason
 
 if TYPE_CHECKING:
+    from jaxserve.engine.beams import Beam
     from jaxserve.engine.grammar.matcher import Matcher
     from jaxserve.engine.rules import Rule
 
@@ -15,12 +16,12 @@ class Request:
     """One sequence: its tokens, and how far the device has come with them."""
 
     __slots__ = (
-        *("blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight", "output"),
-        *("last_token_at", "matcher", "preemptions", "queued_at", "rank", "rules", "scheduled_at", "scores"),
-        *("slot", "spec"),
+        *("beam", "blocks", "cached", "chain", "committed", "computed", "finish_reason", "inflight"),
+        *("last_token_at", "matcher", "output", "preemptions", "queued_at", "rank", "rules"),
+        *("scheduled_at", "scores", "slot", "spec"),
     )
 
-    def __init__(self, spec: CoreRequest, rank: tuple[float, int]):
+    def __init__(self, spec: CoreRequest, rank: tuple[float, ...]):
         self.spec = spec
         self.rank = rank
         """Its place in the order of all requests, the lowest first; no two have the same."""
@@ -44,6 +45,8 @@ class Request:
         """Which tokens may not come."""
         self.matcher: Matcher | None = None
         """Its place in its grammar, after all of `output`."""
+        self.beam: Beam | None = None
+        """Its part in a beam search."""
         self.finish_reason: FinishReason | None = None
         self.preemptions = 0
         self.queued_at = 0.0
@@ -62,6 +65,11 @@ class Request:
         return bool(spec.grammar or spec.logits_processors) or any(rule.late for rule in self.rules)
 
     @property
+    def parked(self) -> bool:
+        """Whether it waits, on the device or off it, for the other beams of its search."""
+        return self.beam is not None and self.beam.candidates is not None
+
+    @property
     def known(self) -> int:
         """Tokens whose ids the host knows."""
         return len(self.spec.prompt) + len(self.output)
@@ -78,7 +86,10 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled; 0 when its last one has been dispatched."""
+        """Tokens to compute before the next one can be sampled; 0 when its last one has been dispatched, or
+        when it is a beam whose next token has not been chosen."""
+        if self.beam is not None and (self.inflight or self.parked):
+            return 0
         output = self.generated
         return 0 if output >= self.spec.max_tokens else len(self.spec.prompt) + output - self.computed
 

@@ -89,6 +89,10 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._slots = deque(range(max_num_seqs))
         self._arrivals = 0
+        self._forks: list[Request] = []
+        """Who got a slot since the last step."""
+        self._most = 0
+        """Sequences of a step."""
 
     def add(self, spec: CoreRequest, now: float = 0.0) -> Request:
         """Queue a new sequence that arrives at `now`, in seconds.
@@ -127,6 +131,13 @@ class Scheduler:
 
     def schedule(self, limits: Limits) -> Schedule:
         """Plan the next step and count it as dispatched. No chunks: nothing can run now."""
+        planned = self._plan(limits)
+        while not planned.chunks and self._make_way():
+            planned = self._plan(limits)
+        return planned
+
+    def _plan(self, limits: Limits) -> Schedule:
+        self._most = limits.seqs
         self._yield_to_priority(limits.seqs)
         wanted = {request: pending for request in self.running if (pending := request.pending)}
         prompts = {request: pending for request, pending in wanted.items() if pending > 1}
@@ -141,7 +152,11 @@ class Scheduler:
         chunks += admitted
         if prompts or admitted:
             chunks.sort(key=lambda chunk: chunk.length > 1)
-        return Schedule(chunks, [chunk.request for chunk in admitted])
+        entered = [chunk.request for chunk in admitted]
+        if chunks and self._forks:
+            entered += [fork for fork in self._forks if fork.slot is not None and fork not in entered]
+            self._forks = []
+        return Schedule(chunks, entered)
 
     def append(self, request: Request, token: int) -> FinishReason | None:
         """Take a token that a step sampled for the request; the reason if it is the last one.
@@ -173,6 +188,40 @@ class Scheduler:
             self.finish(request, "length")
         return request.finish_reason
 
+    def park(self, request: Request) -> None:
+        """A step of a beam was read; `go_on` has its next token, in time."""
+        request.inflight -= 1
+        if request.slot is None:
+            self._leave_line(request)
+
+    def go_on(self, request: Request, token: int) -> None:
+        """Append to a beam that was parked the token that was chosen for it."""
+        request.output.append(token)
+        self._commit(request)
+        if request.slot is None:
+            self.waiting.push(request)
+
+    def fork(self, parent: Request, spec: CoreRequest, token: int) -> Request:
+        """A new request for another token after a parked beam's output. It shares the full blocks, and what
+        is in the last one is computed again. Without a slot it waits, and shares what the cache has then."""
+        request = Request(spec, (*parent.rank[:2], self._arrivals))
+        self._arrivals += 1
+        self._requests[spec.id] = request
+        request.output = [*parent.output, token]
+        request.cached = parent.cached
+        if parent.slot is None or not self._slots or len(self.running) >= self._most:
+            self.waiting.push(request)
+            return request
+        full = parent.computed // self.pool.block_size
+        request.blocks = parent.blocks[:full]
+        self.pool.share(request.blocks)
+        request.computed = full * self.pool.block_size
+        request.chain, request.committed = parent.chain, parent.committed
+        request.slot = self._slots.popleft()
+        insort(self.running, request, key=rank)
+        self._forks.append(request)
+        return request
+
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request at any moment. Its blocks are free at once, a step in flight notwithstanding:
         steps run in the order they were dispatched, so the next owner writes after it."""
@@ -180,13 +229,11 @@ class Scheduler:
             return
         request.finish_reason = reason
         del self._requests[request.id]
-        if request.slot is None:
-            self.waiting.remove(request)
-            if self._refused and self._refused[0] is request:
-                self._refused = None
-        else:
+        if request.slot is not None:
             self.running.remove(request)
             self._vacate(request)
+        elif not request.parked:
+            self._leave_line(request)
 
     def preempt(self, request: Request) -> None:
         """Take a running request off the device; it is recomputed from its tokens later."""
@@ -195,7 +242,22 @@ class Scheduler:
         request.computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        self.waiting.push(request)
+        if not request.parked:
+            self.waiting.push(request)
+
+    def _leave_line(self, request: Request) -> None:
+        self.waiting.remove(request)
+        if self._refused and self._refused[0] is request:
+            self._refused = None
+
+    def _make_way(self) -> bool:
+        """Preempt a beam where all that run are parked, and what they wait for has no room beside them."""
+        first = self.waiting.first()
+        stuck = first is not None and not first.inflight and all(r.parked for r in self.running)
+        if not stuck or not self.running:
+            return False
+        self.preempt(self.running[-1])
+        return True
 
     def _yield_to_priority(self, seqs: int) -> None:
         """Preempt running requests for a waiting one that outranks them, if that makes room for it."""

@@ -35,7 +35,7 @@ class WaitingQueue:
     def first(self) -> Request | None:
         """The one that is next; it stays in line."""
 
-        def turn(tenant: str) -> tuple[int, tuple[float, int]]:
+        def turn(tenant: str) -> tuple[int, tuple[float, ...]]:
             return self._served[tenant], self._lines[tenant][0].rank
 
         return self._lines[min(self._lines, key=turn)][0] if self._lines else None
@@ -69,5 +69,5 @@ class WaitingQueue:
         return request.spec.tenant if self._fair else ""
 
 
-def rank(request: Request) -> tuple[float, int]:
+def rank(request: Request) -> tuple[float, ...]:
     return request.rank

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.source import Grammar
 from jaxserve.engine.grammar.source import grammar as write_grammar
-from jaxserve.engine.messages import Abort, CoreOutput, CoreRequest, Thoughts
+from jaxserve.engine.messages import Abort, BeamSearch, CoreOutput, CoreRequest, Thoughts
 from jaxserve.errors import InvalidRequest
 from jaxserve.outputs import CompletionOutput, ErrorCode, Logprob, RequestOutput
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxserve.text import bad_words
 from jaxserve.text.reading import MakeParser, Tags
 from jaxserve.text.sequence import OutputSequence, logprob_entry
@@ -83,7 +83,7 @@ class OutputProcessor:
         if params.min_tokens > max_tokens:
             told = f"min_tokens is {params.min_tokens}, and no more than {max_tokens} tokens can come"
             raise InvalidRequest(told, "min_tokens")
-        if params.num_sequences > params.n and params.output_kind == "delta":
+        if params.ranked and params.output_kind == "delta":
             told = f"best_of must be n, {params.n}, in a stream: which are best is known at their ends"
             raise InvalidRequest(told, "best_of")
         if params.priority and not self._priorities:
@@ -94,8 +94,11 @@ class OutputProcessor:
         grammar = self._grammar(params.structured_outputs)
         banned = self._bad_words(params.bad_words or [])
         eos = [] if params.ignore_eos else self._eos
+        stops = list(dict.fromkeys([*eos, *(params.stop_token_ids or ())]))
+        if params.use_beam_search:
+            self._check_beams(params.num_sequences, len(stops))
         request = _Request(request_id, next(self._serials), prompt, prompt_token_ids, params)
-        for i in range(params.num_sequences):
+        for i in range(params.n if params.use_beam_search else params.num_sequences):
             sequence = OutputSequence(
                 i, prompt_token_ids, params, self._tokenizer, frozenset(eos), make_parser
             )
@@ -124,15 +127,16 @@ class OutputProcessor:
                 bad_words=banned,
                 thoughts=thoughts,
                 grammar=grammar,
-                logprobs=0 if request.ranked and params.logprobs is None else params.logprobs,
+                logprobs=0 if params.ranked and params.logprobs is None else params.logprobs,
                 prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # the others share its prompt
-                stop_token_ids=list(dict.fromkeys([*eos, *(params.stop_token_ids or ())])),
+                stop_token_ids=stops,
+                beams=_beam_search(request) if params.use_beam_search else None,
                 cache_salt=cache_salt,
                 tenant=tenant,
                 priority=params.priority,
                 follows=follows or i > 0,
             )
-            for i in range(params.num_sequences)
+            for i in range(1 if params.use_beam_search else params.num_sequences)
         ]
 
     def process(self, outputs: list[CoreOutput]) -> tuple[list[RequestOutput], list[Abort]]:
@@ -216,6 +220,13 @@ class OutputProcessor:
                 told = f"logit_bias is for token ids between 0 and {self._vocab_size - 1}, not {token}"
                 raise InvalidRequest(told, f"logit_bias[{token}]")
 
+    def _check_beams(self, width: int, stops: int) -> None:
+        """Each beam needs as many ways on as there are beams, besides those that end it."""
+        known = min(MAX_LOGPROBS, self._vocab_size or MAX_LOGPROBS)
+        if width + stops > known:
+            told = f"{width} beams with {stops} tokens that end them: together at most {known}"
+            raise InvalidRequest(told, "n")
+
     def _max_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
             raise InvalidRequest("the prompt is empty; it needs at least one token", "prompt")
@@ -256,6 +267,16 @@ def check_token_ids(ids: Sequence[int], limit: int | None, field: str) -> None:
             raise InvalidRequest(f"{field}[{i}] must be {wanted}, not {token!r}", f"{field}[{i}]")
 
 
+def _beam_search(request: "_Request") -> BeamSearch:
+    params = request.params
+    return BeamSearch(
+        ids=[request.core_id(i) for i in range(params.n)],
+        width=params.num_sequences,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+    )
+
+
 class _Request:
     def __init__(
         self,
@@ -269,10 +290,8 @@ class _Request:
         self._serial = serial
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self.ranked = params.num_sequences > params.n
-        """The best are given, once all have ended."""
-        self.kind = "final" if self.ranked else params.output_kind
-        self._given = params.n
+        self.params = params
+        self.kind = "final" if params.ranked else params.output_kind
         self.sequences: list[OutputSequence] = []
         self.error: str | None = None
         self.error_code: ErrorCode | None = None
@@ -307,9 +326,9 @@ class _Request:
                 return None
         outputs = [sequence.take(clear=self.kind == "delta") for sequence in sequences]
         unused: list[CompletionOutput] = []
-        if self.ranked:
+        if self.params.ranked:
             outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
-            outputs, unused = outputs[: self._given], outputs[self._given :]
+            outputs, unused = outputs[: self.params.n], outputs[self.params.n :]
             for i, output in enumerate(outputs):
                 output.index = i
         prompt_logprobs = self._prompt_logprobs

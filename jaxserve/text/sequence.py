@@ -45,8 +45,8 @@ class OutputSequence:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        ranked = params.num_sequences > params.n
-        self._cumulative_logprob = None if params.logprobs is None and not ranked else 0.0
+        scored = params.logprobs is not None or params.ranked or params.use_beam_search
+        self._cumulative_logprob = 0.0 if scored else None
 
     def add(self, out: CoreOutput, now: float) -> bool:
         """Takes a step's tokens; True when a stop string ended the sequence, which the core must hear."""

@@ -1,6 +1,7 @@
 """The whole server and the whole AsyncEngine, with the real core and a tiny random Llama."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -90,3 +91,32 @@ def test_requests_that_are_closed_at_any_moment_leave_nothing_behind(model_dir):
 
     stats = asyncio.run(asyncio.wait_for(main(), 120))
     assert stats["blocks_used"] == 0 and stats["compiles_on_request_path"] == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_beam_search(real_server, path):
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": ["Hi", "Ho"]}
+    asked = {"use_beam_search": True, "best_of": 4, "max_tokens": 9, "return_token_ids": True, **prompt}
+
+    def choices(**more):
+        reply = real_server.http.post(path, json=asked | more).json()
+        assert [choice["index"] for choice in reply["choices"]] == [*range(len(reply["choices"]))]
+        given = sum(len(choice["token_ids"]) for choice in reply["choices"])
+        assert reply["usage"]["completion_tokens"] == given
+        return [choice["token_ids"] for choice in reply["choices"]]
+
+    all_four, two = choices(n=4), choices(n=2)
+    assert two == [tokens for i, tokens in enumerate(all_four) if i % 4 < 2]
+    assert len({tuple(tokens) for tokens in all_four[:4]}) == 4
+    greedy = real_server.http.post(
+        path, json=asked | {"use_beam_search": False, "best_of": 1, "temperature": 0}
+    )
+    (one, *_) = choices(best_of=1)
+    assert one == greedy.json()["choices"][0]["token_ids"]
+    stream = real_server.http.post(path, json=asked | {"n": 2, "stream": True}).text.split("\n\n")
+    assert stream[-2] == "data: [DONE]"
+    streamed = [[] for _ in two]
+    for line in stream[:-2]:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            streamed[choice["index"]] += choice.get("token_ids") or []
+    assert streamed == two

@@ -44,7 +44,7 @@ class Invariants:
         self._silent = 0
         """Steps since a token was read or something arrived."""
         self._longest = 0
-        self._entered: dict[str, tuple[float, int]] = {}
+        self._entered: dict[str, tuple[float, ...]] = {}
         """Rank of the last newcomer that was admitted, by line."""
         self._head: Request | None = None
         """Who is next when a step is planned."""

@@ -12,9 +12,7 @@ from jaxserve.errors import InvalidRequest
 NoOps = Mapping[str, tuple[Any, ...]]
 
 SAMPLING: NoOps = {
-    "length_penalty": (1,),
     "logits_processors": ([],),
-    "use_beam_search": (False,),
     "guided_decoding_backend": (),
     "kv_transfer_params": (),
     "vllm_xargs": (),

@@ -47,6 +47,9 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
     model: str | None = None
     n: int | None = None
     best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -118,13 +121,27 @@ class GenerationRequest(AcceptedWithoutEffect, kw_only=True, forbid_unknown_fiel
         given = {name: getattr(self, name) for name in _SHARED}
         given |= {"structured_outputs": self.constraint, "logit_bias": _logit_bias(self.logit_bias)}
         given = {name: value for name, value in (given | special).items() if value is not None}
+        if self.use_beam_search:  # which is not for what the model's makers recommend for sampling
+            given = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | given
         kind = "delta" if self.stream else "final"
         with renamed(written):
             return default_params(output_kind=kind, **({"max_tokens": None} | given))
 
 
 _SHARED = (
-    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty"),
+    *(
+        "n",
+        "best_of",
+        "use_beam_search",
+        "length_penalty",
+        "early_stopping",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "presence_penalty",
+    ),
     *("frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "seed", "stop"),
     *("stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"),
     *("detokenize", "ignore_eos", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens", "priority"),
