@@ -1,5 +1,7 @@
 """Logprobs of prompts over HTTP: `prompt_logprobs`, and `echo` with `logprobs`."""
 
+import math
+
 import openai
 import pytest
 
@@ -113,11 +115,62 @@ def test_prompt_logprobs_of_a_chat_are_told_once(client, stream, ids):
     assert texts == ["H", "i", "<|end|>", "<|assistant|>"]
 
 
-def test_loglikelihoods_as_evaluations_read_them(real_server, model_dir):
+@pytest.fixture
+def real(real_server):
+    client = openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none", max_retries=0)
+    return client, client.models.list().data[0].id
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_of_a_chat_are_in_order_and_spell_its_text(real, stream, temperature):
+    client, model = real
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Hé"}],
+        max_tokens=24,
+        logprobs=True,
+        top_logprobs=5,
+        temperature=temperature,
+        seed=7,
+        stream=stream,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    parts = [part.choices[0] for part in reply] if stream else reply.choices
+    entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+    text = "".join((part.delta.content if stream else part.message.content) or "" for part in parts)
+    assert len(entries) == 24
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace") == text
+    for entry in entries:
+        told = [top.logprob for top in entry.top_logprobs]
+        assert len(told) == 5 and told == sorted(told, reverse=True)
+        assert sum(map(math.exp, told)) <= 1 + 1e-5
+        assert entry.logprob == told[0] or (temperature and entry.logprob <= told[0])
+        spelled = [bytes(top.bytes) for top in entry.top_logprobs if top.bytes]  # some ids have no text here
+        assert len(set(spelled)) == len(spelled)
+        for top in entry.top_logprobs:
+            assert not top.bytes or top.bytes != entry.bytes or top.logprob == entry.logprob
+
+
+def test_tokens_have_as_part_of_a_prompt_the_logprobs_that_they_were_chosen_with(real):
+    client, model = real
+    asked = {"model": model, "temperature": 1.0, "seed": 3, "logprobs": 3}
+    chosen = client.completions.create(
+        prompt=[40, 41, 42], max_tokens=70, extra_body={"return_token_ids": True, "ignore_eos": True}, **asked
+    ).choices[0]
+    whole = [40, 41, 42, *chosen.token_ids]
+    scored = client.completions.create(prompt=whole, max_tokens=0, extra_body={"echo": True}, **asked)
+    again = scored.choices[0]
+    assert again.logprobs.token_logprobs[3:] == pytest.approx(chosen.logprobs.token_logprobs, abs=1e-4)
+    assert again.logprobs.tokens[3:] == chosen.logprobs.tokens
+    for one, other in zip(again.logprobs.top_logprobs[3:], chosen.logprobs.top_logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_loglikelihoods_as_evaluations_read_them(real, model_dir):
     """What lm-evaluation-harness sends, prompts of token ids and one token more, and how it adds up."""
     texts = [("The sky is", " blue"), ("1 + 1", " = 2"), ("a", "b")]
-    client = openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none", max_retries=0)
-    model = client.models.list().data[0].id
+    client, model = real
     with Engine(str(model_dir), dtype="float32", num_blocks=64, max_num_seqs=8) as engine:
         pairs = [tuple(map(engine.tokenizer.encode, pair)) for pair in texts]
         prompts = [context + more for context, more in pairs]
