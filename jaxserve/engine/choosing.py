@@ -91,7 +91,10 @@ class Chooser:
         for row, request in asking:
             try:
                 for process in request.spec.logits_processors:
-                    logits[row] = process(list(request.output), logits[row].copy())
+                    changed = process(list(request.output), logits[row].copy())
+                    if changed is None:
+                        raise TypeError("it returned None, not logits")
+                    logits[row] = changed
             except Exception as error:
                 told = f"logits_processors failed with {type(error).__name__}: {error}"
                 self._refuse(request, InvalidRequest(told, "logits_processors"))

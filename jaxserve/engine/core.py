@@ -179,21 +179,23 @@ class EngineCore:
         if request.seed is None:
             request.seed = self._random.getrandbits(64) if self._seed is None else self._seed
         now = time.monotonic()
+        most = self._scheduler.policy.max_queued
         if request.grammar is None:
             self._queue(request, now)
-        else:
+        elif most is None or request.follows or len(self._held) < most + self.shapes.max_num_seqs:
             self._held.add(request, now)
+        else:
+            told = f"{len(self._held)} sequences wait for their grammars, and no more may"
+            self._refused.append(_refusal(request.id, QueueFull(told)))
 
     def _queue(self, request: CoreRequest, came: float, matcher: Matcher | None = None) -> None:
+        if matcher is not None:  # an end that the grammar allows is one, whatever `ignore_eos` says
+            request.stop_token_ids = list(dict.fromkeys([*request.stop_token_ids, *matcher.eos_ids]))
+        rules = rules_of(request, self.shapes.vocab)
         try:
             add = self._scheduler.add if request.beams is None else self._searches.add
             added = add(request, came)
-            added.queued_at = came
-            added.rules = rules_of(request, self.shapes.vocab)
-            if matcher is not None:
-                added.matcher = matcher
-                # an end that the grammar allows is one, whatever `ignore_eos` says
-                request.stop_token_ids = list(dict.fromkeys([*request.stop_token_ids, *matcher.eos_ids]))
+            added.queued_at, added.rules, added.matcher = came, rules, matcher
         except (ValueError, QueueFull) as error:
             self._refused.append(_refusal(request.id, error))
         else:
@@ -228,7 +230,7 @@ class EngineCore:
             schedule = self._scheduler.schedule(self._programs.limits)
             if schedule.chunks:
                 self._flights.append(self._launch(schedule))
-                if any(chunk.request.late for chunk in schedule.chunks):
+                if any(chunk.samples and chunk.request.late for chunk in schedule.chunks):
                     while len(self._flights) > 1:
                         outputs += self._collect()
                 if self._flights:  # or a failed step took them all
@@ -400,6 +402,8 @@ class EngineCore:
         outputs = []
         gaps = []
         append = self._scheduler.append
+        # a step that computes what is forced takes longer: not where that holds up a row without a grammar
+        jumping = all(request.matcher is not None for request in self._scheduler.running)
         for row, (request, _, _, _, samples) in enumerate(flight.chunks):
             if not samples:
                 continue
@@ -415,7 +419,7 @@ class EngineCore:
                 continue
             try:
                 reason = append(request, token)
-                taken = [token] if reason else [token, *self._jump(request)]
+                taken = [token, *self._jump(request)] if jumping and reason is None else [token]
             except GrammarFailed as error:
                 self._refuse(request, refusal(request, error))
                 continue
@@ -441,7 +445,7 @@ class EngineCore:
     def _jump(self, request: Request) -> list[int]:
         """Take what the request's grammar leaves no choice about; the step under way that would sample the
         first of these tokens does not."""
-        tokens = forced(request, self._scheduler.running)
+        tokens = forced(request)
         if not tokens:
             return []
         taken = self._scheduler.extend(request, tokens)

@@ -1,7 +1,7 @@
 """What the grammars of a step's requests let come next."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from jaxserve.engine.request import Request
 from jaxserve.engine.shaping import is_shaped
 from jaxserve.errors import InvalidRequest
 
-THREADS = min(8, (os.cpu_count() or 1) // 2)
+THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """That fill masks; the others have the forward pass."""
 FEW = 256
 """Where more words of a mask have bits, nothing is forced."""
@@ -43,14 +43,11 @@ class Guide:
         masks[[row for row, _, _ in guided]] = found
 
 
-def forced(request: Request, running: Iterable[Request]) -> list[int]:
-    """The tokens that the grammar leaves no choice about, where they may come without being sampled.
-
-    A step computes them all, which takes longer: not while one without a grammar is among those `running`.
-    """
+def forced(request: Request) -> list[int]:
+    """The tokens that the grammar leaves no choice about, where they may come without being sampled."""
     spec = request.spec
     sampled = spec.logprobs is not None or spec.logits_processors or request.rules or is_shaped(spec)
-    if request.matcher is None or sampled or any(other.matcher is None for other in running):
+    if request.matcher is None or sampled:
         return []
     return request.matcher.forced()
 

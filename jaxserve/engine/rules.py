@@ -106,20 +106,21 @@ class NotAfter:
 class EndOfThoughts:
     """`thinking_token_budget`: then nothing but the token that ends them may come, once."""
 
-    late = True
-
     def __init__(self, thoughts: Thoughts, vocab: int):
         self._thoughts = thoughts
         self._close = _words([thoughts.close], vocab)
-        self._ended = False
+        self.late = True  # until there are no thoughts to end
 
     def narrow(self, mask: Words, output: Sequence[int], place: int) -> None:
-        begin = self._begin(output)
-        if begin is None or self._ended or place - begin < self._thoughts.budget:
+        if not self.late:
             return
-        self._ended = self._thoughts.close in output[begin:]
-        if not self._ended and (mask & self._close).any():  # a grammar may want a character whole first
-            mask &= self._close
+        begin = self._begin(output)
+        if begin is None:
+            self.late = len(output) < OPENING
+        elif self._thoughts.close in output[begin:]:
+            self.late = False
+        elif place - begin >= self._thoughts.budget and (mask & self._close).any():
+            mask &= self._close  # or a grammar wants a character whole first
 
     def _begin(self, output: Sequence[int]) -> int | None:
         if self._thoughts.open is None:
@@ -129,8 +130,8 @@ class EndOfThoughts:
 
 
 def _words(tokens: Sequence[int], vocab: int) -> Words:
-    """The mask of these tokens."""
+    """The mask of these tokens; one that has no logit is left out."""
     words = np.zeros((vocab + 31) // 32, np.uint32)
-    ids = np.asarray(tokens)
+    ids = np.array([token for token in tokens if token < vocab], np.int64)
     np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
     return words

@@ -275,3 +275,23 @@ def test_one_grammar_is_compiled_once(engine, monkeypatch):
     for _ in range(2):
         engine.generate([PROMPT] * 3, params({"regex": "once[ab]{3}"}, n=4))
     assert len(compiled) == 1
+
+
+def test_a_text_is_not_shorter_than_min_tokens_where_the_grammar_lets_it_be_longer(engine):
+    for more in ({}, {"ignore_eos": True}):
+        for seed in range(8):
+            wanted = params({"regex": "[a-c]*"}, min_tokens=6, logit_bias={0: 9.0}, seed=seed, **more)
+            (output,) = engine.generate(PROMPT, wanted)
+            assert len(output.outputs[0].text) >= 5
+
+
+def test_pointers_of_any_length_come_back_whole_or_not_at_all(engine):
+    """Answers of several processes come through one pipe."""
+    schemas = [{"properties": {f"{i}" + "x" * 200_000: {"pattern": "("}}} for i in range(4)]
+    ids = [engine.add_request(PROMPT, params({"json": schema})) for schema in schemas]
+    found = {}
+    while engine.has_unfinished():
+        found |= {output.request_id: output for output in engine.step()}
+    assert all(found[id].error_code == "invalid_request" for id in ids)
+    (output,) = engine.generate(PROMPT, params({"choice": ["yes"]}))
+    assert output.outputs[0].text == "yes"

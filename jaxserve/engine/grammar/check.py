@@ -1,6 +1,7 @@
 """The engine's end of the process in which grammars are tried."""
 
 import itertools
+import logging
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ from typing import Any
 from jaxserve.engine.grammar.check_process import frame, read_frames
 from jaxserve.engine.grammar.vocabulary import Vocabulary
 from jaxserve.errors import JaxserveError
+
+log = logging.getLogger(__name__)
 
 Answer = tuple[str | None, str | None, int]
 """Why not, where (a JSON pointer), and how many bytes it took."""
@@ -60,10 +63,14 @@ class Checker:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for name, error, pointer, taken in read_frames(process.stdout):
-            with self._lock:
-                answer = self._pending.pop(name)
-            answer.set_result((error, pointer, taken))
+        try:
+            for name, error, pointer, taken in read_frames(process.stdout):
+                with self._lock:
+                    answer = self._pending.pop(name)
+                answer.set_result((error, pointer, taken))
+        except Exception:
+            log.exception("the answers of the process that checks grammars cannot be read")
+            process.kill()
         process.wait()
         with self._lock:
             self._process = None

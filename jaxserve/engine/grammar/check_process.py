@@ -51,7 +51,10 @@ def supervise(vocabulary: Any, name: int, text: str) -> None:
         error = fault(vocabulary, text)
         os.write(tell, msgspec.json.encode([error, None, resident() - before]) + b"\n")
         if error is not None:
-            os.write(tell, msgspec.json.encode([error, located(vocabulary, text, error), 0]) + b"\n")
+            at = located(vocabulary, text, error)
+            if at is not None and len(at.encode()) > limits.POINTER_BYTES:
+                at = None
+            os.write(tell, msgspec.json.encode([error, at, 0]) + b"\n")
         os._exit(0)
     os.close(tell)
     with os.fdopen(told, "rb") as file:
