@@ -18,6 +18,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKENS = 2**18
+LONGEST_BAD_WORD = 256
 StructuredOutputsParams = StructuredOutputs
 """As vLLM calls it."""
 LogitsProcessor = Callable[[list[int], Any], Any]
@@ -90,11 +92,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         _logit_bias(self.logit_bias)
-        _token_ids("allowed_token_ids", self.allowed_token_ids, empty=False)
+        _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS, empty=False)
         _bad_words(self.bad_words)
         _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _integer("thinking_token_budget", self.thinking_token_budget, 0)
+        _integer("thinking_token_budget", self.thinking_token_budget, 0, 2**31 - 1)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens != -1:
@@ -258,6 +260,9 @@ def _bad_words(words: object) -> None:
     for i, word in enumerate(words):
         if not word.strip():
             raise InvalidRequest("a bad word must not be empty or blank", f"bad_words[{i}]")
+        if len(word) > LONGEST_BAD_WORD:
+            told = f"a bad word has {len(word)} characters; at most {LONGEST_BAD_WORD}"
+            raise InvalidRequest(told, f"bad_words[{i}]")
 
 
 def _processors(processors: object) -> None:

@@ -75,7 +75,8 @@ class Chooser:
             if not masks[row].any():
                 masks[row] = 2**32 - 1
                 told = "allowed_token_ids, bad_words, min_tokens and the output's form leave no token"
-                self._refuse(request, InvalidRequest(told, "allowed_token_ids"))
+                asked = "allowed_token_ids" if request.spec.allowed_token_ids else "bad_words"
+                self._refuse(request, InvalidRequest(told, asked))
         return packed
 
     def _processed(self, chunks: Sequence[Chunk], raw: jax.Array) -> jax.Array | np.ndarray:

@@ -19,4 +19,5 @@ def token_sequences(words: Sequence[str], tokenizer: Tokenizer, vocab_size: int 
                 raise InvalidRequest(f"{word!r} is no text that this model can generate", f"bad_words[{i}]")
             found[tuple(tokens)] = None
     # one that ends with another never comes anyway
-    return [list(one) for one in found if not any(one[at:] in found for at in range(1, len(one)))]
+    lengths = {len(one) for one in found}
+    return [list(one) for one in found if not any(one[-n:] in found for n in lengths if n < len(one))]

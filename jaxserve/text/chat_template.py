@@ -78,7 +78,11 @@ class ChatTemplate:
             text = self._text(chat, tools=tools or None, **given)
         else:
             text = self._with_preamble(chat, tool_prompt.preamble(tools or ()), given)
-        return _cut(text) if continue_final_message else text
+        text = _cut(text) if continue_final_message else text
+        if not native and tool_prompt.preamble(tools or ()) not in text:
+            told = "tools need a message after the system message that is to be continued"
+            raise InvalidRequest(told, "tools", "invalid_value")
+        return text
 
     def _with_preamble(self, chat: list[Message], preamble: str, given: dict[str, Any]) -> str:
         text = ""

@@ -9,7 +9,7 @@ from msgspec import Meta
 from jaxserve.errors import InvalidRequest
 from jaxserve.structs import is_deep
 
-Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}\Z")]
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -95,6 +95,10 @@ def _check_parameters(schema: dict[str, Any], path: str) -> None:
     """What is counted on elsewhere; the rest of a schema is up to those who use it."""
     if schema.get("type", "object") != "object":
         raise InvalidRequest(f"{path}.type must be 'object'", f"{path}.type", "invalid_value")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        told = f"{path}.required must be a list of names"
+        raise InvalidRequest(told, f"{path}.required", "invalid_value")
     if not isinstance(schema.get("properties", {}), dict):
         raise InvalidRequest(f"{path}.properties must be an object", f"{path}.properties", "invalid_value")
     if is_deep(schema):

@@ -54,7 +54,7 @@ def _grammars(constraint: Constraint, special: Mapping[str, int]) -> list[dict[s
     own = _grammar(constraint, special)
     if constraint.within is None:
         return [own]
-    around = structural_tag.around(constraint.within, special, "@output")
+    around = structural_tag.around(constraint.within, special, _options(constraint.whitespace), "@output")
     return [{"lark_grammar": around}, {"name": "output", **own}]
 
 

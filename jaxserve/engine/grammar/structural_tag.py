@@ -117,9 +117,9 @@ def lark(value: Any, param: str, special: Mapping[str, int], options: Mapping[st
     return writer.text(start)
 
 
-def around(format: Any, special: Mapping[str, int], output: str) -> str:
+def around(format: Any, special: Mapping[str, int], options: Mapping[str, Any], output: str) -> str:
     """The grammar of what stands around another, whose name in it is `output`."""
-    writer = _Writer(special, {}, output)
+    writer = _Writer(special, options, output)
     return writer.text(writer.part(msgspec.convert(format, Format), ""))
 
 

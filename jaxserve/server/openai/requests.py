@@ -15,7 +15,7 @@ from jaxserve.engine.grammar.constraint import (
     only_one,
 )
 from jaxserve.errors import InvalidRequest, renamed
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 from jaxserve.server.openai import fields
 from jaxserve.server.openai.conversation import Conversation, take_conversation
 from jaxserve.server.request_id import check_id
@@ -151,11 +151,16 @@ _SHARED = (
 
 def _logit_bias(bias: dict[str, Any] | None) -> dict[int, Any] | None:
     """By token ids, which are text as keys of JSON."""
-    for key in bias or ():
+    if bias is None:
+        return None
+    if len(bias) > MAX_LOGIT_BIAS:
+        told = f"logit_bias has {len(bias)} tokens; at most {MAX_LOGIT_BIAS}"
+        raise InvalidRequest(told, "logit_bias", "invalid_value")
+    for key in bias:
         if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
             told = f"the keys of logit_bias must be token ids, not {key!r}"
             raise InvalidRequest(told, f"logit_bias[{key}]", "invalid_value")
-    return None if bias is None else {int(key): value for key, value in bias.items()}
+    return {int(key): value for key, value in bias.items()}
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
