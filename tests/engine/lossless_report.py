@@ -58,6 +58,11 @@ def workload() -> list[tuple[list[int], SamplingParams]]:
             **SHAPED[i % len(SHAPED)],
         )
         requests.append((prompt, params))
+    for length in (30, 70):
+        params = SamplingParams(
+            n=3, best_of=5, use_beam_search=True, temperature=0.0, logprobs=3, max_tokens=10, ignore_eos=True
+        )
+        requests.append((shared[: length // 2] + shared[: length // 2], params))
     return requests
 
 
