@@ -327,7 +327,7 @@ class _Request:
         outputs = [sequence.take(clear=self.kind == "delta") for sequence in sequences]
         unused: list[CompletionOutput] = []
         if self.params.ranked:
-            outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
+            outputs.sort(key=_logprob_per_token, reverse=True)
             outputs, unused = outputs[: self.params.n], outputs[self.params.n :]
             for i, output in enumerate(outputs):
                 output.index = i
@@ -347,3 +347,7 @@ class _Request:
             num_cached_tokens=self.cached_tokens,
             num_unused_tokens=sum(len(output.token_ids) for output in unused),
         )
+
+
+def _logprob_per_token(output: CompletionOutput) -> float:
+    return (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))

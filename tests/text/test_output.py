@@ -192,8 +192,8 @@ class TestBestOf:
         assert not proc.has_unfinished()
         return a, cores, output
 
-    def test_the_likeliest_are_given_in_order(self, tok):
-        a, cores, output = self.run(tok, [[-1.0, -1.0], [-0.5], [-3.0], [-0.5, -1.0]], n=2)
+    def test_the_likeliest_per_token_are_given_in_order(self, tok):
+        a, cores, output = self.run(tok, [[-1.0, -1.0], [-0.5], [-0.9], [-0.5, -1.0]], n=2)
         assert [core.sample_index for core in cores] == [0, 1, 2, 3]
         assert {core.logprobs for core in cores} == {0}
         assert [(o.index, o.token_ids[0] - a) for o in output.outputs] == [(0, 1), (1, 3)]
