@@ -123,6 +123,12 @@ def test_a_call_that_is_cut_off_ended_by_length(says, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_a_stop_string_cuts_is_no_call_to_make(says, stream):
+    message, reason, _ = ask(says, OSLO, stream=stream, stop=["slo"])
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "O' and reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_are_found_before_anything_is_parsed(says, stream):
     message, reason, _ = ask(says, f"{TIME} and {OSLO}", stream=stream, stop=["</tool_call> and"])
     assert message["tool_calls"] == CALLS[1:] and message["content"] is None and reason == "tool_calls"

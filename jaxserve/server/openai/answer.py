@@ -1,5 +1,7 @@
 """What a chat's outputs are to the client: messages, or deltas that add up to them."""
 
+import msgspec
+
 from jaxserve.outputs import CompletionOutput
 from jaxserve.server.openai.responses import CalledFunction, ChatMessage, Delta, ToolCall
 from jaxserve.text.parsers import Arguments, CallBegin, Content, Event, Reasoning, collect
@@ -10,8 +12,8 @@ class Answer:
 
     def __init__(self, show_reasoning: bool):
         self._show_reasoning = show_reasoning
-        self._calling: set[int] = set()
-        """The choices with a call."""
+        self._arguments: dict[int, list[str]] = {}
+        """Of the last call of each choice that has one."""
 
     def message(self, output: CompletionOutput, echo: str) -> ChatMessage:
         if output.events is None:
@@ -47,12 +49,27 @@ class Answer:
         return deltas
 
     def finish_reason(self, output: CompletionOutput) -> str | None:
-        calls = output.finish_reason == "stop" and output.index in self._calling
-        return "tool_calls" if calls else output.finish_reason
+        arguments = self._arguments.get(output.index)
+        if arguments is None or output.finish_reason != "stop":
+            return output.finish_reason
+        # a stop string may stand in the middle of a call
+        cut_off = isinstance(output.stop_reason, str) and not _is_json("".join(arguments))
+        return "stop" if cut_off else "tool_calls"
 
     def _shown(self, index: int, events: list[Event]) -> list[Event]:
-        if any(isinstance(event, CallBegin) for event in events):
-            self._calling.add(index)
+        for event in events:
+            if isinstance(event, CallBegin):
+                self._arguments[index] = []
+            elif isinstance(event, Arguments):
+                self._arguments[index].append(event.text)
         if self._show_reasoning:
             return events
         return [event for event in events if not isinstance(event, Reasoning)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return False
+    return True
