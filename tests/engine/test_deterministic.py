@@ -90,8 +90,8 @@ def other_weights(forward, weights, *state):
 
 def other_row(forward, *state):
     """Gives other logits where a sequence is the second of its batch."""
-    kv, slots, logits, targets = forward(*state)
-    return kv, slots, logits.at[1].set(nudged(logits[1])), targets
+    kv, slots, logits, *others = forward(*state)
+    return kv, slots, logits.at[1].set(nudged(logits[1])), *others
 
 
 def nudged(x):
