@@ -23,6 +23,7 @@ from jaxserve.outputs import BeamSearchOutput, RequestOutput
 from jaxserve.sampling_params import BeamSearchParams, SamplingParams
 from jaxserve.structs import to_struct
 from jaxserve.text.beams import beam_search_output
+from jaxserve.text.chat_template import content_text
 from jaxserve.text.output import OutputProcessor
 from jaxserve.text.reading import MakeParser
 from jaxserve.text.tools import ToolUse
@@ -141,7 +142,8 @@ class Engine:
         for i, (conversation, wanted) in enumerate(zip(many, each, strict=True)):
             with nullcontext() if one else renamed({"messages": f"messages[{i}]"}):
                 text = render(conversation)
-            make_parser, kept = formats.reading(self.tokenizer, use, text, wanted)
+            continued = content_text(conversation[-1].get("content")) if continue_final_message else None
+            make_parser, kept = formats.reading(self.tokenizer, use, text, wanted, continued)
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
             prompts.append(Tokenized(text, encoded, "", make_parser))
             settled.append(kept)

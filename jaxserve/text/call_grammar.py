@@ -12,7 +12,7 @@ from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.schema import checked
 from jaxserve.errors import InvalidRequest
 from jaxserve.text.parsers.deepseek_v3 import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR, deepseek_v3
-from jaxserve.text.parsers.granite_reasoning import RESPONSE, THOUGHT, granite_reasoning
+from jaxserve.text.parsers.granite_reasoning import RESPONSE, THOUGHT, granite_reasoning, granite_thinks
 from jaxserve.text.parsers.harmony import harmony
 from jaxserve.text.parsers.hermes import hermes
 from jaxserve.text.parsers.json_calls import call_list
@@ -21,7 +21,7 @@ from jaxserve.text.parsers.mistral import TOOL_CALLS, mistral
 from jaxserve.text.parsers.phi4_mini_json import phi4_mini_json
 from jaxserve.text.parsers.registry import Format
 from jaxserve.text.parsers.scanner import Scanner, Wait
-from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3
+from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3, thinks
 from jaxserve.text.tools import ToolUse
 
 Part = dict[str, Any]
@@ -68,16 +68,22 @@ def read_by(format: Format) -> Format:
 
 
 def constraint(
-    calls: Format | None, reasoning: Format | None, use: ToolUse, prompt: str, wanted: Any
+    calls: Format | None,
+    reasoning: Format | None,
+    use: ToolUse,
+    prompt: str,
+    wanted: Any,
+    continued: str | None = None,
 ) -> Constraint | None:
     """What an output is held to; `wanted`, if that is all.
 
     A form that is wanted is the content's: thoughts come before it, and a call may stand in its place. Where
-    a call must come there is nothing else. `prompt`: its end. Raises InvalidRequest for what cannot be
-    enforced.
+    a call must come there is nothing else. `prompt`: its end; `continued`: the text of the message that the
+    output goes on with, None where it begins one. Raises InvalidRequest for what cannot be enforced.
     """
-    thoughts = _THOUGHTS[reasoning](prompt.rstrip()) if reasoning in _THOUGHTS else None
-    content = _sequence(_text("<|channel|>final<|message|>"), OUTPUT) if reasoning is harmony else OUTPUT
+    thoughts = _THOUGHTS[reasoning](prompt, continued) if reasoning in _THOUGHTS else None
+    begun = reasoning is not harmony or continued is not None
+    content = OUTPUT if begun else _sequence(_text("<|channel|>final<|message|>"), OUTPUT)
     writing = WRITINGS.get(calls, LIST) if calls else LIST
     if calls and use.forced:
         return _held(thoughts, _calls(writing, use), "tool_choice")
@@ -155,27 +161,32 @@ def _arguments(parameters: Mapping[str, Any], i: int) -> Part:
     return {"type": "object", **({} if more else {"additionalProperties": False}), **parameters}
 
 
-def _deepseek_r1(prompt: str) -> Part | None:
-    if prompt.endswith(CLOSE):  # the template has turned thinking off
-        return None
-    return _sequence(_tag("", TEXT, CLOSE), _lines())
+def _deepseek_r1(prompt: str, continued: str | None) -> Part | None:
+    return None if thinks(prompt, continued) is False else _sequence(_tag("", TEXT, CLOSE), _lines())
 
 
-def _qwen3(prompt: str) -> Part | None:
-    if prompt.endswith((OPEN, CLOSE)):
-        return _deepseek_r1(prompt)
+def _qwen3(prompt: str, continued: str | None) -> Part | None:
+    if thinks(prompt, continued) is not None:
+        return _deepseek_r1(prompt, continued)
     return _maybe(_tag(OPEN, TEXT, CLOSE), _lines())
 
 
-def _granite(prompt: str) -> Part | None:
-    return _maybe(_tag(THOUGHT[0], TEXT, RESPONSE[0]), _lines())
+def _granite(prompt: str, continued: str | None) -> Part | None:
+    match granite_thinks(continued):
+        case None:
+            return _maybe(_tag(THOUGHT[0], TEXT, RESPONSE[0]), _lines())
+        case True:
+            return _sequence(_tag("", TEXT, RESPONSE[0]), _lines())
+    return None
 
 
-def _harmony(prompt: str) -> Part | None:
+def _harmony(prompt: str, continued: str | None) -> Part | None:
+    if continued is not None:
+        return None
     return _maybe(_tag("<|channel|>analysis<|message|>", TEXT, "<|end|>"), _text("<|start|>assistant"))
 
 
-_THOUGHTS: dict[Format | None, Callable[[str], Part | None]] = {
+_THOUGHTS: dict[Format | None, Callable[[str, str | None], Part | None]] = {
     deepseek_r1: _deepseek_r1,
     qwen3: _qwen3,
     granite_reasoning: _granite,

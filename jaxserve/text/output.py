@@ -90,7 +90,7 @@ class OutputProcessor:
             raise InvalidRequest("priority needs an engine with --scheduling-policy priority", "priority")
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", "stop")
-        thoughts = self._thoughts(params.thinking_token_budget, prompt_token_ids)
+        thoughts = self._thoughts(params.thinking_token_budget, prompt_token_ids, make_parser)
         grammar = self._grammar(params.structured_outputs)
         banned = self._bad_words(params.bad_words or [])
         eos = [] if params.ignore_eos else self._eos
@@ -191,14 +191,17 @@ class OutputProcessor:
         ids = [request.core_id(sequence.index) for sequence in request.sequences]
         return [id for id in ids if self._sequences.pop(id, None)]
 
-    def _thoughts(self, budget: int | None, prompt: Sequence[int]) -> Thoughts | None:
+    def _thoughts(
+        self, budget: int | None, prompt: Sequence[int], make_parser: MakeParser | None
+    ) -> Thoughts | None:
         if budget is None:
             return None
         if self._tags is None:
             told = "thinking_token_budget needs a model that reasons between <think> and </think>, as tokens"
             raise InvalidRequest(told, "thinking_token_budget", "unsupported_field")
         assert self._tokenizer is not None
-        return self._tags.held(self._tokenizer, prompt, budget)
+        continued = make_parser.continued if make_parser else None
+        return self._tags.held(self._tokenizer, prompt, budget, continued)
 
     def _grammar(self, wanted: object) -> Grammar | None:
         if not isinstance(wanted, Constraint):

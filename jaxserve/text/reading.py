@@ -1,11 +1,10 @@
 """Reading an output: reasoning, content and tool calls instead of plain text, where a model writes them."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -23,11 +22,10 @@ from jaxserve.text.parsers import (
     tool_parser,
 )
 from jaxserve.text.parsers.registry import Format
-from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3
+from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3, thinks
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools import ToolUse
 
-MakeParser = Callable[[], OutputParser]
 PROMPT_END = 256
 """Characters of the prompt that tell a parser how the template began the answer."""
 PROMPT_TOKENS = 8
@@ -53,13 +51,33 @@ class Tags(NamedTuple):
     always: bool
     """It thinks, whether it says so or not."""
 
-    def held(self, tokenizer: Tokenizer, prompt: Sequence[int], budget: int) -> Thoughts | None:
-        """What the output after a prompt is held to; None where thinking is turned off."""
+    def held(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], budget: int, continued: str | None = None
+    ) -> Thoughts | None:
+        """What the output after a prompt is held to; None where thinking is turned off, or ended in the
+        message that it goes on with."""
+        if continued is not None:
+            return Thoughts(budget, self.close, None) if thinks("", continued) else None
         end = (token for token in reversed(prompt[-PROMPT_TOKENS:]) if tokenizer.token_text(token).strip())
         last = next(end, None)
         if last == self.close:
             return None
         return Thoughts(budget, self.close, None if self.always or last == self.open else self.open)
+
+
+class MakeParser(NamedTuple):
+    """Makes a parser for each output of a request; the fields are `OutputParser`'s."""
+
+    tools: Format | None
+    reasoning: Format | None
+    functions: Sequence[Mapping[str, Any]]
+    prompt: str
+    special_tokens: Collection[str]
+    parallel: bool
+    continued: str | None
+
+    def __call__(self) -> OutputParser:
+        return OutputParser(*self)
 
 
 class Formats(NamedTuple):
@@ -96,10 +114,16 @@ class Formats(NamedTuple):
         return None if open is None or close is None else Tags(open, close, self.reasoning is deepseek_r1)
 
     def reading(
-        self, tokenizer: Tokenizer, use: ToolUse, prompt: str, params: SamplingParams
+        self,
+        tokenizer: Tokenizer,
+        use: ToolUse,
+        prompt: str,
+        params: SamplingParams,
+        continued: str | None = None,
     ) -> tuple[MakeParser | None, SamplingParams]:
         """What makes the parser of each output, None where an output is nothing but text; and the parameters
-        with which outputs keep to what the tools ask. Raises InvalidRequest."""
+        with which outputs keep to what the tools ask. `continued`: the text of the message that the output
+        goes on with, None where it begins one. Raises InvalidRequest."""
         tools = self.tools if use.offered else None
         if use.offered and tools is None:
             told = "tools need an engine with a --tool-call-parser"
@@ -107,7 +131,7 @@ class Formats(NamedTuple):
         if tools is not None and not params.detokenize:
             raise InvalidRequest("tools need detokenize: true", "detokenize")
         end, wanted = prompt[-PROMPT_END:], params.structured_outputs
-        constraint = call_grammar.constraint(tools, self.reasoning, use, end, wanted)
+        constraint = call_grammar.constraint(tools, self.reasoning, use, end, wanted, continued)
         if constraint is not wanted:
             params = replace(params, structured_outputs=constraint)
         if tools is not None and use.forced:
@@ -115,7 +139,7 @@ class Formats(NamedTuple):
         if tools is None and self.reasoning is None:
             return None, params
         special = tokenizer.special_tokens
-        return partial(OutputParser, tools, self.reasoning, use.offered, end, special, use.many), params
+        return MakeParser(tools, self.reasoning, use.offered, end, special, use.many, continued), params
 
 
 class Reader:

@@ -190,6 +190,17 @@ def test_thoughts_end_after_their_budget(thinker):
     assert answer.outputs[0].token_ids[0] != 5
 
 
+def test_content_that_goes_on_is_content(thinker):
+    params = SamplingParams(seed=2, max_tokens=9, ignore_eos=True, thinking_token_budget=2)
+    options = {"continue_final_message": True, "use_progress": False}
+    (answer,) = thinker.chat([USER, STARTED], params, **options)
+    message = answer.outputs[0].message
+    assert message.reasoning == "" and message.content == answer.outputs[0].text
+    thinking = {"role": "assistant", "content": "<think>Well, "}
+    (answer,) = thinker.chat([USER, thinking], params, **options)
+    assert answer.outputs[0].message.reasoning and answer.outputs[0].token_ids[2] == 5
+
+
 def test_thoughts_a_budget_and_a_call_that_must_come(thinker):
     params = SamplingParams(n=3, seed=1, max_tokens=200, thinking_token_budget=5)
     options = {"chat_template": "{{ tools[0].function.name }}?", "use_progress": False}

@@ -117,6 +117,18 @@ def test_reasoning_can_be_left_out(says, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "thinks"), [(THOUGHT + "Hi", False), ("Well. <think>\n" + "Norwegian, " * 20, True)]
+)
+def test_a_message_that_goes_on(says, text, thinks, stream):
+    """The core says it again: all of it is what the message was at, thoughts or content."""
+    message, _, _ = ask(
+        says, text, stream=stream, max_tokens=len(text), extra_body={"continue_final_message": True}
+    )
+    assert (message.get("reasoning"), message["content"]) == ((text, None) if thinks else (None, text))
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_cut_off_ended_by_length(says, stream):
     message, reason, _ = ask(says, OSLO, stream=stream, max_tokens=len(OSLO) - 18)
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "Os' and reason == "length"

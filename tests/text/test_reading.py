@@ -135,6 +135,21 @@ def test_what_a_budget_of_thoughts_is_for(tok, parser, prompt, thinks):
     assert core.thoughts == expected.get(thinks, Thoughts(3, close, open))
 
 
+@pytest.mark.parametrize("parser", ["qwen3", "deepseek_r1"])
+def test_a_budget_of_a_message_that_goes_on(tok, parser):
+    formats = Formats.choose("hermes", parser, "", None)
+    wanted = SamplingParams(thinking_token_budget=3)
+
+    def thoughts(continued):
+        make_parser, params = formats.reading(tok, ToolUse(), continued, wanted, continued)
+        proc = OutputProcessor(tok, [1], max_model_len=1000, tags=formats.tags(tok))
+        (core,) = proc.add("r", None, tok.encode(continued, False), params, make_parser=make_parser)
+        return core.thoughts
+
+    assert thoughts("Oslo is") is None and thoughts("<think>Hm.</think>Oslo is") is None
+    assert thoughts("<think>Let me see.") == Thoughts(3, tok.special_tokens["</think>"], None)
+
+
 def test_a_budget_needs_thoughts_between_tokens(tok, byte_level_tokenizer):
     assert Formats.choose("hermes", "none", "", None).tags(tok) is None
     assert Formats.choose("openai", "gpt_oss", "", None).tags(tok) is None

@@ -40,7 +40,9 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     prompt = truncated(prompt, params, state.engine.max_model_len)
     assert state.engine.tokenizer is not None
     formats = state.engine.formats.of(conversation.chat_template)
-    make_parser, params = formats.reading(state.engine.tokenizer, conversation, text, params)
+    make_parser, params = formats.reading(
+        state.engine.tokenizer, conversation, text, params, conversation.continued
+    )
     cache_salt = state.cache_salt(caller.tenant, request.cache_salt)
     written = request.written | {"prompt": "messages"}
     generation = Generation(state, [prompt], cache_salt, caller, params, written, make_parser=make_parser)

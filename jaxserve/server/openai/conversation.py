@@ -71,6 +71,11 @@ class Conversation(ToolUse, kw_only=True, forbid_unknown_fields=True):
         last = msgspec.to_builtins(self.messages[-1])
         return content_text(last.get("content") or last.get("refusal"))
 
+    @property
+    def continued(self) -> str | None:
+        """The text of the message that the answer goes on with; None: it begins one."""
+        return self.last_text if self.continue_final_message else None
+
     def options(self) -> dict[str, Any]:
         """Of `ChatTemplate.render`."""
         continued, prompt = bool(self.continue_final_message), self.add_generation_prompt

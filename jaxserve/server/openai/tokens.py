@@ -58,7 +58,7 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
     tokenizer = _tokenizer(state)
     text, tokens = await render(state, conversation, params.truncate_prompt_tokens is not None)
     formats = state.engine.formats.of(conversation.chat_template)
-    formats.reading(tokenizer, conversation, text, params)
+    formats.reading(tokenizer, conversation, text, params, conversation.continued)
     return json_response(Render(text, truncated(tokens, params, state.engine.max_model_len)))
 
 

@@ -23,12 +23,14 @@ class OutputParser:
         prompt: str = "",
         special_tokens: Collection[str] = frozenset(),
         parallel: bool = True,
+        continued: str | None = None,
     ):
         """`functions`: the request's `tools`; `prompt`: the rendered prompt, or its end; `special_tokens`:
-        the texts of the tokenizer's; `parallel`: whether there may be more than one call."""
+        the texts of the tokenizer's; `parallel`: whether there may be more than one call; `continued`: the
+        text of the message that the output goes on with, None where it begins one."""
         self.tags = frozenset().union(*(getattr(format, "tags", ()) for format in (tools, reasoning)))
         self._parallel = parallel
-        self._scanner = Scanner(functions, prompt, self.tags.intersection(special_tokens))
+        self._scanner = Scanner(functions, prompt, self.tags.intersection(special_tokens), continued)
         self._run = self._read(tools, reasoning)
         next(self._run)
 

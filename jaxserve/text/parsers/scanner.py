@@ -31,6 +31,11 @@ def tags(*tags: str) -> Callable[[Format], Format]:
     return named
 
 
+def opened_last(text: str, opening: tuple[str, ...], closing: tuple[str, ...]) -> bool:
+    """Whether the last of these tags in `text` is an opening one."""
+    return max(map(text.rfind, opening)) > max(map(text.rfind, closing))
+
+
 class Scanner:
     """The text still to be read, and the events made of what was read."""
 
@@ -39,12 +44,15 @@ class Scanner:
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: str = "",
         special_tokens: Collection[str] = frozenset(),
+        continued: str | None = None,
     ):
         """`tools` as in a chat request; `prompt`: its end, where a template may have begun the answer;
-        `special_tokens`: the tags that are one for this tokenizer."""
+        `special_tokens`: the tags that are one for this tokenizer; `continued`: the message that the output
+        goes on with, None where it begins one."""
         functions = [tool.get("function", tool) for tool in tools]
         self.tools = {function["name"]: function.get("parameters") or {} for function in functions}
         self.prompt = prompt
+        self.continued = continued
         self._special_tokens = special_tokens
         self.new_id = lambda: f"call_{secrets.token_hex(12)}"
         self.pos = 0  # in the whole text

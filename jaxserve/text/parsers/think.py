@@ -1,6 +1,6 @@
 """Reasoning between `<think>` and `</think>`, first in the output; either tag may stand in the prompt."""
 
-from jaxserve.text.parsers.scanner import Scanner, Wait, tags
+from jaxserve.text.parsers.scanner import Scanner, Wait, opened_last, tags
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -17,13 +17,22 @@ def qwen3(s: Scanner) -> Wait[None]:
     yield from _think(s, always=False)
 
 
+def thinks(prompt: str, continued: str | None) -> bool | None:
+    """Whether the output begins among thoughts; None: the output says so itself."""
+    if continued is not None:
+        return opened_last(continued, (OPEN,), (CLOSE,))
+    prompt = prompt.rstrip()
+    return False if prompt.endswith(CLOSE) else prompt.endswith(OPEN) or None  # off, by the template
+
+
 def _think(s: Scanner, always: bool) -> Wait[None]:
-    prompt = s.prompt.rstrip()
-    if prompt.endswith(CLOSE):  # the template has turned thinking off
+    known = thinks(s.prompt, s.continued)
+    if known is False:
         return
     opened = yield from s.attempt(_opening(s))
-    if opened or always or prompt.endswith(OPEN):
-        yield from s.spaces()
+    if opened or always or known:
+        if s.continued is None:
+            yield from s.spaces()
         yield from s.until((CLOSE,), s.reasoning)
         yield from s.spaces()
 

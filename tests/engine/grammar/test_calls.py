@@ -48,10 +48,15 @@ def write(
     """Texts that a model may write to a request, each with the message that it is read as."""
 
     def texts(
-        formats: Formats, prompt: str = "", wanted: Constraint | None = None, begin: str = "", **use: Any
+        formats: Formats,
+        prompt: str = "",
+        wanted: Constraint | None = None,
+        begin: str = "",
+        continued: str | None = None,
+        **use: Any,
     ) -> list[tuple[str, Message]]:
         asked = SamplingParams(structured_outputs=wanted)
-        make, params = formats.reading(tokenizer, to_struct(use, ToolUse), prompt, asked)
+        make, params = formats.reading(tokenizer, to_struct(use, ToolUse), prompt, asked, continued)
         assert isinstance(params.structured_outputs, Constraint) and make is not None
         matcher = compiler.compile(grammar(params.structured_outputs, special))
         for token in tokenizer.encode(begin, add_special_tokens=False):
@@ -126,6 +131,27 @@ def test_thoughts_are_free_before_calls_and_forms(
     for text, message in write(formats, prompt, JSON, final):
         assert message.content.strip() in ("3", '{"a": 1}', '{"a":1}'), text
         assert message.reasoning.strip() == thought
+
+
+@pytest.mark.parametrize(
+    ("name", "continued", "begin"),
+    [
+        ("deepseek_r1", "<think> Well, ", "Hm {.</think>"),
+        ("deepseek_r1", "So ", ""),
+        ("qwen3", "<think> Well, ", "Hm {.</think>"),
+        ("qwen3", "<think> Well, </think>So ", ""),
+        ("granite", "Here is my thought process: Well, ", "Hm {.Here is my response:"),
+        ("granite", "Here is my thought process: Well, Here is my response:", ""),
+        ("gpt_oss", "So ", ""),
+    ],
+)
+def test_a_form_of_a_message_that_goes_on(
+    name: str, continued: str, begin: str, write: Callable[..., Any]
+) -> None:
+    formats = Formats.choose("openai" if name == "gpt_oss" else "hermes", name, "", None)
+    for text, message in write(formats, f"…{continued}", JSON, begin, continued):
+        assert message.content.strip() in ("3", '{"a": 1}', '{"a":1}'), text
+        assert message.reasoning == ("Hm {." if begin else "")
 
 
 def test_a_form_beside_tools_is_for_the_content(write: Callable[..., Any]) -> None:

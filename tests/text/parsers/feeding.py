@@ -24,15 +24,21 @@ class Feed:
     """One way to read outputs; `prompt` is the end of the prompt."""
 
     def __init__(
-        self, tools: str = "", reasoning: str = "", functions: Sequence[dict] = TOOLS, prompt: str = ""
+        self,
+        tools: str = "",
+        reasoning: str = "",
+        functions: Sequence[dict] = TOOLS,
+        prompt: str = "",
+        continued: str | None = None,
     ):
         self.tools = tool_parser(tools) if tools else None
         self.reasoning = reasoning_parser(reasoning) if reasoning else None
         self.functions = functions
         self.prompt = prompt
+        self.continued = continued
 
     def parser(self) -> OutputParser:
-        return OutputParser(self.tools, self.reasoning, self.functions, self.prompt)
+        return OutputParser(self.tools, self.reasoning, self.functions, self.prompt, continued=self.continued)
 
     def __call__(self, *pieces: str) -> Plain:
         """Reasoning, content, and calls without their ids, which are random."""

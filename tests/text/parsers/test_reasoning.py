@@ -34,6 +34,7 @@ GRANITE = [
     ("Yes. Here is my response: no", ("", "Yes. Here is my response: no", [])),
     (f"Here is my thought process:a Here is my response:{CALL}", ("a ", "", [G])),
 ]
+THOUGHTS = "Here is my thought process: Hm. Here is my response:"
 CASES = {"deepseek_r1": R1, "qwen3": QWEN3, "granite": GRANITE}
 
 HEAD = "<|channel|>commentary to=functions.g <|constrain|>json<|message|>"
@@ -103,6 +104,28 @@ def test_harmony_is_a_reasoning_and_a_tool_format_at_once(text, expected, both):
 )
 def test_the_prompt_may_have_opened_or_closed_the_thoughts(name, prompt, text, expected):
     Feed("hermes", name, prompt=prompt).check(text, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "continued", "text", "expected"),
+    [
+        ("deepseek_r1", "Oslo is", " cold.", ("", " cold.", [])),
+        ("deepseek_r1", "<think>Hm.</think>Oslo is", f" c</think>. {CALL}", ("", " c</think>. ", [G])),
+        ("deepseek_r1", "<think>\nOslo", " is.</think>\n\nCold.", (" is.", "Cold.", [])),
+        ("qwen3", "Oslo is", " cold.", ("", " cold.", [])),
+        ("qwen3", "Write ", "<think> first.", ("", "<think> first.", [])),
+        ("qwen3", "<think>" + "Hm. " * 99, " Oslo.</think>Cold.", (" Oslo.", "Cold.", [])),
+        ("qwen3", "<think>\n\n</think>\n\n<think>\nHm,", f" yes.</think>{CALL}", (" yes.", "", [G])),
+        ("granite", "Here is my thought process: Hm,", " so. Here is my response: No.", (" so. ", "No.", [])),
+        ("granite", "Say", "Here is my thought process: a", ("", "Here is my thought process: a", [])),
+        ("granite", f"{THOUGHTS} No", " Here is my response:", ("", " Here is my response:", [])),
+        ("gpt_oss", "Oslo is", " cold.<|return|>", ("", " cold.", [])),
+    ],
+)
+def test_a_message_that_goes_on_is_in_thoughts_if_it_opened_them(name, continued, text, expected):
+    prompt = "<think>\n" if name != "gpt_oss" else ""
+    tools = "openai" if name == "gpt_oss" else "hermes"
+    Feed(tools, name, prompt=prompt, continued=continued).check(text, expected)
 
 
 def test_without_a_tool_parser_calls_are_content():
