@@ -146,16 +146,17 @@ def _tags(writing: Writing, use: ToolUse, loose: bool) -> list[Part]:
     for i, function in enumerate(tool["function"] for tool in use.offered):
         if use.named in (None, function["name"]):
             free = loose and not function.get("strict")
-            schema = {"type": "object"} if free else _arguments(function["parameters"], i)
-            content = {"type": "json_schema", "json_schema": schema}
+            place = f"tools[{i}].function.parameters"
+            schema = {"type": "object"} if free else _arguments(function["parameters"], place)
+            content = {"type": "json_schema", "json_schema": schema, "param": place}
             tags.append(_tag(writing.begin.format(function["name"]), content, writing.end))
     return tags
 
 
-def _arguments(parameters: Mapping[str, Any], i: int) -> Part:
-    """The schema of the i-th tool's arguments: an object with its parameters, and with others only if it says
+def _arguments(parameters: Mapping[str, Any], place: str) -> Part:
+    """The schema of a tool's arguments: an object with its parameters, and with others only if it says
     something of them."""
-    checked(parameters, f"tools[{i}].function.parameters")
+    checked(parameters, place)
     known, required = parameters.get("properties", {}), parameters.get("required", ())
     more = parameters.keys() & MORE or not known.keys() >= set(required)
     return {"type": "object", **({} if more else {"additionalProperties": False}), **parameters}

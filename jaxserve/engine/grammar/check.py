@@ -16,7 +16,7 @@ from jaxserve.errors import JaxserveError
 log = logging.getLogger(__name__)
 
 Answer = tuple[str | None, str | None, int]
-"""Why not, where (a JSON pointer), and how many bytes it took."""
+"""Why not, where (a field, `#` and a JSON pointer), and how many bytes it took."""
 
 
 class Checker:
@@ -64,10 +64,10 @@ class Checker:
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         try:
-            for name, error, pointer, taken in read_frames(process.stdout):
+            for name, error, place, taken in read_frames(process.stdout):
                 with self._lock:
                     answer = self._pending.pop(name)
-                answer.set_result((error, pointer, taken))
+                answer.set_result((error, place, taken))
         except Exception:
             log.exception("the answers of the process that checks grammars cannot be read")
             process.kill()

@@ -2,7 +2,7 @@
 
 Reads frames (4 bytes of length, then msgpack): first `[tokens, eos_ids]`, then `[id, grammar]` for each.
 Every grammar is tried in a child of its own under limits, so that none waits for another; its `[id, error,
-pointer, bytes]` is written when it is known. Ends with its input.
+place, bytes]` is written when it is known. Ends with its input.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from jaxserve.engine.grammar import limits
-from jaxserve.engine.grammar.schema import subschemas
+from jaxserve.engine.grammar.schema import embedded, subschemas
 from jaxserve.engine.grammar.vocabulary import Vocabulary
 
 PROBED = 3
@@ -51,10 +51,10 @@ def supervise(vocabulary: Any, name: int, text: str) -> None:
         error = fault(vocabulary, text)
         os.write(tell, msgspec.json.encode([error, None, resident() - before]) + b"\n")
         if error is not None:
-            at = located(vocabulary, text, error)
-            if at is not None and len(at.encode()) > limits.POINTER_BYTES:
-                at = None
-            os.write(tell, msgspec.json.encode([error, at, 0]) + b"\n")
+            error, place = located(vocabulary, text) or (error, None)
+            if place is not None and len(place.encode()) > limits.PLACE_BYTES:
+                place = None
+            os.write(tell, msgspec.json.encode([error, place, 0]) + b"\n")
         os._exit(0)
     os.close(tell)
     with os.fdopen(told, "rb") as file:
@@ -90,19 +90,23 @@ def reason(error: str) -> str:
     return error.partition("\n<state>")[0].encode()[: limits.ANSWER_BYTES].decode(errors="ignore")
 
 
-def located(vocabulary: Any, text: str, error: str) -> str | None:
-    """The JSON pointer of the smallest subschema that fails for the same reason by itself."""
-    *_, grammar = json.loads(text)["grammars"]
-    root = grammar.get("json_schema")
-    if root is None:
-        return None
+def located(vocabulary: Any, text: str) -> tuple[str, str] | None:
+    """Why the first schema in a grammar fails that does so by itself, and where: its field, and the JSON
+    pointer of the smallest subschema that fails for the same reason."""
+    for place, root in schemas(text):
+        error = fault(vocabulary, alone(root))
+        if error is not None:
+            return error, f"{place}#{smallest(vocabulary, root, error)}"
+    return None
+
+
+def smallest(vocabulary: Any, root: Mapping[str, Any], error: str) -> str:
     shared = {key: root[key] for key in SHARED if key in root}
 
     def fails(schema: Any) -> bool:
         if not isinstance(schema, Mapping):
             return False
-        alone = json.dumps({"grammars": [{"json_schema": {**shared, **schema}}]})
-        return reason(limits.matcher(vocabulary, alone).get_error()) == error
+        return reason(limits.matcher(vocabulary, alone({**shared, **schema})).get_error()) == error
 
     at, here = "", root
     while True:
@@ -112,6 +116,20 @@ def located(vocabulary: Any, text: str, error: str) -> str | None:
                 break
         else:
             return at
+
+
+def schemas(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those in a grammar, each with its field."""
+    for grammar in json.loads(text)["grammars"]:
+        if "json_schema" in grammar:
+            found = [grammar["json_schema"]]
+        else:
+            found = [schema for _, _, schema in embedded(grammar["lark_grammar"])]
+        yield from zip(grammar.get("places", ()), found, strict=False)
+
+
+def alone(schema: Mapping[str, Any]) -> str:
+    return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
 def mapped() -> int:

@@ -34,7 +34,7 @@ class Compiler:
 
     def submit(self, grammar: Grammar) -> "Future[Matcher]":
         """The matcher at its start, which others may get too: go on with a copy. Or InvalidRequest, with the
-        library's reason and a schema's pointer."""
+        library's reason and a schema's place."""
         with self._lock:
             if (known := self._known.get(grammar)) is not None:
                 self._known.move_to_end(grammar)
@@ -57,9 +57,9 @@ class Compiler:
         keep = False
         try:
             checker = self._checked_by()
-            error, pointer, taken = checker.check(grammar.text)
+            error, place, taken = checker.check(grammar.text)
             if error is not None:
-                raise _refused(grammar.param, error, pointer)
+                raise _refused(grammar.param, error, place)
             keep = taken <= KEPT_BYTES
             # as it was compiled there within the limits, so it is here
             vocabulary = checker.vocabulary
@@ -79,7 +79,8 @@ class Compiler:
             return self._checker
 
 
-def _refused(param: str, error: str, pointer: str | None) -> InvalidRequest:
-    if pointer is None:
+def _refused(param: str, error: str, place: str | None) -> InvalidRequest:
+    if place is None:
         return InvalidRequest(f"{param}: {error}", param)
-    return InvalidRequest(f"{param}: {error} (at #{pointer})", f"{param}#{pointer}")
+    param, _, pointer = place.partition("#")
+    return InvalidRequest(f"{param}: {error} (at #{pointer})", place)

@@ -9,8 +9,8 @@ MEMORY = 256 * 2**20
 """Bytes more than before."""
 ANSWER_BYTES = 3000
 """Of the reason of a refusal."""
-POINTER_BYTES = 500
-"""Of where it is; a longer pointer is left out. Both in one answer are written at once, by PIPE_BUF."""
+PLACE_BYTES = 500
+"""Of where it is; a longer place is left out. Both in one answer are written at once, by PIPE_BUF."""
 
 
 @cache

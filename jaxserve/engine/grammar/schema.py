@@ -1,5 +1,7 @@
 """What of a JSON schema is enforced, and where in it something is that is not."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -49,6 +51,15 @@ def subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"/{key}/{i}", sub) for i, sub in enumerate(value))
         elif key in SINGLE:
             yield f"/{key}", value
+
+
+def embedded(lark: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The schemas in a grammar, each with where it begins and ends. Raises ValueError for what is no JSON."""
+    decoder, end = json.JSONDecoder(), 0
+    for found in re.finditer(r"%json\s*(?=\{)", lark):
+        if found.start() >= end:
+            schema, end = decoder.raw_decode(lark, found.end())
+            yield found.end(), end, schema
 
 
 def escaped(name: str) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from jaxserve.engine.grammar import structural_tag
 from jaxserve.engine.grammar.constraint import Constraint
-from jaxserve.engine.grammar.schema import checked
+from jaxserve.engine.grammar.schema import checked, embedded
 from jaxserve.errors import InvalidRequest
 
 LONGEST_TEXT = 2**20
@@ -55,7 +55,7 @@ def _grammars(constraint: Constraint, special: Mapping[str, int]) -> list[dict[s
     if constraint.within is None:
         return [own]
     around = structural_tag.around(constraint.within, special, _options(constraint.whitespace), "@output")
-    return [{"lark_grammar": around}, {"name": "output", **own}]
+    return [around, {"name": "output", **own}]
 
 
 def _grammar(constraint: Constraint, special: Mapping[str, int]) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def _grammar(constraint: Constraint, special: Mapping[str, int]) -> dict[str, An
     options = _options(constraint.whitespace)
     match constraint.kind:
         case "json":
-            return {"json_schema": {**checked(value, param), "x-guidance": options}}
+            return {"json_schema": {**checked(value, param), "x-guidance": options}, "places": [param]}
         case "json_object":
-            return {"json_schema": {"type": "object", "x-guidance": options}}
+            return {"json_schema": {"type": "object", "x-guidance": options}, "places": [param]}
         case "regex":
             return {"lark_grammar": f"start: /{_regex(value)}/"}
         case "choice":
             return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, value))}
         case "grammar":
-            return {"lark_grammar": _embedded(_lark(value, param), param)}
+            return _embedded(_lark(value, param), param)
         case "structural_tag":
-            return {"lark_grammar": structural_tag.lark(value, param, special, options)}
+            return structural_tag.lark(value, param, special, options)
 
 
 def _options(whitespace: str | None) -> dict[str, Any]:
@@ -103,17 +103,16 @@ def _lark(text: str, param: str) -> str:
         raise InvalidRequest(f"{param} is not valid GBNF: {error}", param) from None
 
 
-def _embedded(lark: str, param: str) -> str:
+def _embedded(lark: str, param: str) -> dict[str, Any]:
     """Schemas within a grammar are held to the same rules."""
-    decoder, parts, end = json.JSONDecoder(), [], 0
-    for found in re.finditer(r"%json\s*(?=\{)", lark):
-        if found.start() < end:
-            continue
-        try:
-            schema, after = decoder.raw_decode(lark, found.end())
-        except ValueError as error:
-            told = f"{param}: the schema after %json is not valid JSON: {error}"
-            raise InvalidRequest(told, param) from None
-        parts += [lark[end : found.end()], json.dumps({**checked(schema, param), "x-guidance": SPACED})]
-        end = after
-    return "".join(parts) + lark[end:]
+    parts, last = [], 0
+    try:
+        for begin, end, schema in embedded(lark):
+            parts += [lark[last:begin], json.dumps({**checked(schema, param), "x-guidance": SPACED})]
+            last = end
+    except InvalidRequest:
+        raise
+    except ValueError as error:
+        told = f"{param}: the schema after %json is not valid JSON: {error}"
+        raise InvalidRequest(told, param) from None
+    return {"lark_grammar": "".join(parts) + lark[last:], "places": [param] * (len(parts) // 2)}

@@ -24,6 +24,8 @@ class ConstString(_Part, tag="const_string"):
 
 class JsonSchema(_Part, tag="json_schema"):
     json_schema: dict[str, Any] | bool
+    param: str = ""
+    """The field that it came from, where that is another."""
 
 
 class Regex(_Part, tag="regex"):
@@ -97,8 +99,9 @@ class _Nested(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["structural_tag"] = "structural_tag"
 
 
-def lark(value: Any, param: str, special: Mapping[str, int], options: Mapping[str, Any]) -> str:
-    """The grammar. `special`: ids of the special tokens by their texts; `options`: of the JSON in it.
+def lark(value: Any, param: str, special: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The grammar, and the fields of its schemas. `special`: ids of the special tokens by their texts;
+    `options`: of the JSON in it.
 
     Raises InvalidRequest with the field's path.
     """
@@ -114,13 +117,15 @@ def lark(value: Any, param: str, special: Mapping[str, int], options: Mapping[st
         raise InvalidRequest(f"{param}{path.rstrip('`')}: {text}", param + path.rstrip("`")) from None
     except RecursionError:
         raise InvalidRequest(f"{param} is nested too deeply", param) from None
-    return writer.text(start)
+    return writer.grammar(start)
 
 
-def around(format: Any, special: Mapping[str, int], options: Mapping[str, Any], output: str) -> str:
+def around(
+    format: Any, special: Mapping[str, int], options: Mapping[str, Any], output: str
+) -> dict[str, Any]:
     """The grammar of what stands around another, whose name in it is `output`."""
     writer = _Writer(special, options, output)
-    return writer.text(writer.part(msgspec.convert(format, Format), ""))
+    return writer.grammar(writer.part(msgspec.convert(format, Format), ""))
 
 
 class _Writer:
@@ -129,6 +134,8 @@ class _Writer:
         self.options = options
         self.output = output
         self.rules: list[str] = []
+        self.places: list[str] = []
+        """Of the schemas in them."""
         names = sorted(special, key=len, reverse=True)
         self.split = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
@@ -137,8 +144,9 @@ class _Writer:
         self.rules.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
         return name
 
-    def text(self, start: str) -> str:
-        return "\n".join([f"start: {start}", "TEXT: /(?s:.*)/", *self.rules])
+    def grammar(self, start: str) -> dict[str, Any]:
+        text = "\n".join([f"start: {start}", "TEXT: /(?s:.*)/", *self.rules])
+        return {"lark_grammar": text, "places": self.places}
 
     def literal(self, text: str) -> str:
         """Text, in which the names of special tokens are those tokens."""
@@ -146,7 +154,8 @@ class _Writer:
         return " ".join(f"<[{self.special[p]}]>" if p in self.special else json.dumps(p) for p in parts)
 
     def json(self, schema: Any, param: str) -> str:
-        return "%json " + json.dumps({**checked(schema, param), "x-guidance": self.options})
+        self.places.append(param)
+        return self.rule("%json " + json.dumps({**checked(schema, param), "x-guidance": self.options}))
 
     def structures(self, given: _Structures, param: str) -> str:
         bodies = [
@@ -161,7 +170,7 @@ class _Writer:
             case ConstString():
                 return self.literal(part.value)
             case JsonSchema():
-                return self.rule(self.json(part.json_schema, f"{at}.json_schema"))
+                return self.json(part.json_schema, part.param or f"{at}.json_schema")
             case Regex():
                 from llguidance import regex_to_lark
 

@@ -183,6 +183,20 @@ def test_a_schema_that_cannot_be_enforced_is_named_by_its_tool(write: Callable[.
     assert error.value.param == "tools[5].function.parameters#/properties/a/not"
 
 
+@pytest.mark.parametrize("name", ["hermes", "deepseek_v3"])
+@pytest.mark.parametrize(("choice", "wanted"), [("required", None), ("auto", JSON), ("auto", None)])
+def test_a_schema_that_does_not_compile_is_named_by_its_tool(
+    name: str, choice: str, wanted: Constraint | None, write: Callable[..., Any]
+) -> None:
+    parameters = {"properties": {"a": {"items": {"type": "strin"}}}}
+    wrong = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    formats = Formats.choose(name, "none", "", None)
+    with pytest.raises(InvalidRequest) as error:
+        write(formats, wanted=wanted, tools=[*TOOLS, wrong], tool_choice=choice)
+    assert error.value.param == "tools[5].function.parameters#/properties/a/items"
+    assert str(error.value) == "tools[5].function.parameters: Invalid type: strin (at #/properties/a/items)"
+
+
 def test_a_forms_errors_stay_its_own_behind_thoughts(
     tokenizer: Tokenizer, compiler: Compiler, special: dict[str, int]
 ) -> None:

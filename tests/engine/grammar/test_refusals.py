@@ -112,6 +112,11 @@ OTHERS: list[tuple[Mapping[str, Any], str]] = [
         {"structural_tag": {"structures": [{"begin": "<a", "end": ""}], "triggers": [""]}},
         "structural_tag.triggers[0]",
     ),
+    (
+        {"structural_tag": {"format": {"type": "json_schema", "json_schema": {"items": {"type": "strin"}}}}},
+        "structural_tag.format.json_schema#/items",
+    ),
+    ({"grammar": 'start: "a" %json {"items": {"type": "strin"}}'}, "grammar#/items"),
     ({"structural_tag": {"format": {"type": "tag", "begin": 3}}}, "structural_tag.format.begin"),
     ({"structural_tag": {"format": {"type": "grammar"}}}, "structural_tag.format.type"),
     ({"structural_tag": {"format": {"type": "or", "elements": []}}}, "structural_tag.format.elements"),
