@@ -174,8 +174,9 @@ class Reader:
         self._events += self._parser.feed(text, specials)
         self._count()
 
-    def finish(self) -> None:
-        self._events += self._parser.finish()
+    def finish(self, cut: bool) -> None:
+        """`cut`: the model would have gone on."""
+        self._events += self._parser.finish(cut)
         self._count()
 
     def take(self, clear: bool) -> tuple[list[Event], int]:

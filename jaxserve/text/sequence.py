@@ -128,7 +128,7 @@ class OutputSequence:
     def _end(self, reason: FinishReason, stop_reason: int | str | None) -> None:
         self.finish_reason, self._stop_reason = reason, stop_reason
         if self._reader:
-            self._reader.finish()
+            self._reader.finish(reason == "length")
 
     def _finish(self, reason: FinishReason, stop_token: int | None) -> None:
         if self._detokenizer and self._show(self._detokenizer.flush()):

@@ -135,6 +135,14 @@ def test_a_call_that_is_cut_off_ended_by_length(says, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_the_next_call_is_no_text_where_length_cuts_it_off(says, stream):
+    text = f"I look.\n{TIME}{OSLO}"
+    message, reason, _ = ask(says, text, stream=stream, max_tokens=len(text) - 40)
+    assert message["tool_calls"] == CALLS[1:] and reason == "length"
+    assert message["content"] == "I look.\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_a_stop_string_cuts_is_no_call_to_make(says, stream):
     message, reason, _ = ask(says, OSLO, stream=stream, stop=["slo"])
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "O' and reason == "stop"

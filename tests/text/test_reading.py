@@ -37,7 +37,7 @@ def run(tok, ids, kind="delta", formats=None, prompt="", **params):
     (core,) = proc.add("r", "p", [5, 6], wanted, make_parser=reader(formats, tok, USE, prompt))
     events, reasoning, text = [], 0, ""
     for i, token in enumerate(ids):
-        end = "length" if i == len(ids) - 1 else None
+        end = "stop" if i == len(ids) - 1 else None
         for output in proc.process([CoreOutput(id=core.id, token_ids=[token], finish_reason=end)])[0]:
             (sequence,) = output.outputs
             if kind == "delta":

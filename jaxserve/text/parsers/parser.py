@@ -12,7 +12,7 @@ class OutputParser:
     """Reasoning first, then content and calls; a format that reads both (harmony) does it in one go.
 
     What the events add up to does not depend on how the text is cut into pieces. Nothing raises, and no
-    text is lost: what is no call is content.
+    text is lost: what is no call is content, but for what the end of a text that is cut off leaves open.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class OutputParser:
         next(self._run)
         return self._take()
 
-    def finish(self) -> list[Event]:
-        """The rest, once no more text comes."""
-        self._scanner.close()
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The rest, once no more text comes; `cut`: though the model would have gone on."""
+        self._scanner.close(cut)
         next(self._run, None)
         return self._take()
 

@@ -60,7 +60,7 @@ class Scanner:
         self._text = ""
         self._base = 0  # where `_text` begins in the whole text
         self._specials: set[int] | None = None
-        self._closed = False
+        self._closed = self._cut = False
         self._blank: str | None = ""  # whitespace that is no content if a call or the end follows
         self._index = -1
         self._events: list[Event] = []
@@ -74,9 +74,10 @@ class Scanner:
             self._specials = (self._specials or set()) | {end + at for at in specials}
         self._text += text
 
-    def close(self) -> None:
-        """No more text comes."""
+    def close(self, cut: bool = False) -> None:
+        """No more text comes. `cut`: though more was to come, and what is unread now may be half a call."""
         self._closed = True
+        self._cut = cut
 
     def take(self) -> list[Event]:
         """What is new."""
@@ -89,6 +90,8 @@ class Scanner:
     # What formats write.
 
     def content(self, text: str) -> None:
+        if self._cut:  # what the text so far could decide is written already
+            return
         if self._blank is not None:
             text = self._blank + text
             self._blank = text if not text.strip() else None

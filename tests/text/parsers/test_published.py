@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from tests.text.parsers.feeding import Feed
+from jaxserve.text.parsers import collect
+from tests.text.parsers.feeding import Feed, plain
 
 OSLO = {"city": "Oslo", "unit": "celsius"}
 ROME = {"city": "Rome", "unit": "celsius"}
@@ -64,7 +65,7 @@ GEMMA4 = ('<|"|>', "<|tool_call>", "<tool_call|>")
 SECTION = "<｜tool▁calls▁begin｜>{}\n{}<｜tool▁calls▁end｜>"
 
 
-@pytest.mark.parametrize(
+TWO = pytest.mark.parametrize(
     ("model", "tools", "reasoning", "text"),
     [
         ("Qwen 2.5", "hermes", "", hermes(OSLO) + "\n" + hermes(ROME)),
@@ -109,6 +110,9 @@ SECTION = "<｜tool▁calls▁begin｜>{}\n{}<｜tool▁calls▁end｜>"
         ),
     ],
 )
+
+
+@TWO
 def test_two_calls(model, tools, reasoning, text):
     feed = Feed(tools, reasoning, functions=[WEATHER])
     thought, content, calls = feed(text)
@@ -118,3 +122,15 @@ def test_two_calls(model, tools, reasoning, text):
         ("get_weather", ROME),
     ]
     feed.check(text, (thought, content, calls), thrice=False)
+
+
+@TWO
+def test_two_calls_that_are_cut_off_leave_no_markup_behind(model, tools, reasoning, text):
+    feed = Feed(tools, reasoning, functions=[WEATHER])
+    whole = feed(text)[2]
+    for end in range(len(text)):
+        parser = feed.parser()
+        _, content, calls = plain(collect(parser.feed(text[:end]) + parser.finish(cut=True)))
+        assert content == "", text[:end]
+        assert [name for name, _ in calls] == ["get_weather"] * len(calls)
+        assert all(call == whole[0] for call in calls[:1] if len(calls) == 2 or call[1].endswith('"}'))
