@@ -169,7 +169,8 @@ class ChatTemplate:
             none = calls and self._asks_for_none
             content = message.get("refusal") or (None if none else "")
         elif isinstance(content, (list, tuple)):
-            texts = [_part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
+            kinds = part_kinds(role)
+            texts = [_part_text(part, f"messages[{i}].content[{j}]", kinds) for j, part in enumerate(content)]
             parts = [{"type": "text", "text": text} for text in texts]
             content = parts if self._wants_parts else "\n".join(texts)
         elif not isinstance(content, str):
@@ -227,12 +228,17 @@ def _with_names(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chat
 
 
-def _part_text(part: Any, path: str) -> str:
+def part_kinds(role: object) -> tuple[str, ...]:
+    """The types that the parts of a message's content may have."""
+    return ("text", "refusal") if role == "assistant" else ("text",)
+
+
+def _part_text(part: Any, path: str, kinds: tuple[str, ...]) -> str:
     if not isinstance(part, Mapping):
         raise InvalidRequest(f"{path} must be an object", path)
     kind = part.get("type")
-    if kind not in ("text", "refusal"):
-        raise InvalidRequest(f"{path}.type must be 'text', not {kind!r}", f"{path}.type")
+    if kind not in kinds:
+        raise InvalidRequest(f"{path}.type must be {' or '.join(kinds)}, not {kind!r}", f"{path}.type")
     if not isinstance(part.get(kind), str):
         raise InvalidRequest(f"{path}.{kind} must be a string", f"{path}.{kind}")
     return part[kind]

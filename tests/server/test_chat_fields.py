@@ -39,6 +39,21 @@ def test_refusals_are_text(render):
     assert "<|assistant|>no<|end|>" in render(USER, refused)
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal"])
+def test_other_parts_are_refused_and_it_is_told_which_are_not(http, role, kind):
+    parts = [{"type": "text", "text": "a"}, {"type": kind, kind: "b" if kind == "refusal" else {}}]
+    last = {"role": role, "content": parts} | ({"tool_call_id": "1"} if role == "tool" else {})
+    answer = http.post("/v1/chat/completions/render", json={"messages": [USER, last]})
+    if (role, kind) == ("assistant", "refusal"):
+        assert answer.status_code == 200
+        return
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "messages[1].content[1].type"
+    supported = "text or refusal" if role == "assistant" else "text"
+    assert error["message"].endswith(f"parts of this message must be {supported}, not {kind!r}")
+
+
 def test_rendering_is_what_a_chat_runs_on(client, http):
     body = {"messages": [USER], "max_tokens": 5, "temperature": 0.5}
     rendered = http.post("/v1/chat/completions/render", json=body).json()

@@ -12,7 +12,7 @@ from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.server.openai import fields
 from jaxserve.server.state import ServerState
 from jaxserve.structs import to_struct
-from jaxserve.text.chat_template import content_text
+from jaxserve.text.chat_template import content_text, part_kinds
 from jaxserve.text.tools import ToolUse
 
 INLINE = 4096
@@ -168,11 +168,15 @@ def _check_message(message: dict[str, Any], path: str) -> None:
         if len(given) > 1 and message.get("reasoning") != message.get("reasoning_content"):
             raise _wrong("reasoning and reasoning_content are the same: give one", f"{path}.reasoning")
     else:
-        parts = content if isinstance(content, list) else ()
-        refusals = (f"content[{i}].type" for i, part in enumerate(parts) if _is_refusal(part))
         calls = ("tool_calls",) if message.get("tool_calls") else ()
-        for name in (*given, *calls, *refusals):
+        for name in (*given, *calls):
             raise _wrong(f"{name} is for assistant messages only", f"{path}.{name}")
+    kinds = part_kinds(role)
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in kinds:
+            at = f"{path}.content[{i}].type"
+            raise _wrong(f"parts of this message must be {' or '.join(kinds)}, not {kind!r}", at)
     answers = message.get("tool_call_id") is not None
     if answers and role != "tool":
         raise _wrong("tool_call_id is for tool messages only", f"{path}.tool_call_id")
@@ -180,10 +184,6 @@ def _check_message(message: dict[str, Any], path: str) -> None:
         raise InvalidRequest(f"{path}.tool_call_id is required", f"{path}.tool_call_id", "missing_field")
     if content is None and (role != "assistant" or not (given or message.get("tool_calls"))):
         raise InvalidRequest(f"{path}.content is required", f"{path}.content", "missing_field")
-
-
-def _is_refusal(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "refusal"
 
 
 def _wrong(told: str, path: str) -> InvalidRequest:
