@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxserve.outputs import CompletionOutput as CompletionOutput
     from jaxserve.outputs import RequestOutput as RequestOutput
     from jaxserve.sampling_params import BeamSearchParams as BeamSearchParams
+    from jaxserve.sampling_params import GuidedDecodingParams as GuidedDecodingParams
     from jaxserve.sampling_params import SamplingParams as SamplingParams
     from jaxserve.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
@@ -21,6 +22,7 @@ _HOME = {
     "LLM": "jaxserve.engine.engine",
     "AsyncEngine": "jaxserve.engine.async_engine",
     "BeamSearchParams": "jaxserve.sampling_params",
+    "GuidedDecodingParams": "jaxserve.sampling_params",
     "SamplingParams": "jaxserve.sampling_params",
     "StructuredOutputsParams": "jaxserve.sampling_params",
     "RequestOutput": "jaxserve.outputs",

@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from jaxserve.engine.grammar.constraint import Constraint, StructuredOutputs, from_structured_outputs
+from jaxserve.engine.grammar.constraint import (
+    Constraint,
+    StructuredOutputs,
+    from_structured_outputs,
+    only_one,
+)
 from jaxserve.errors import InvalidRequest, renamed
 
 MAX_SEQUENCES = 128
@@ -20,8 +25,8 @@ MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_TOKENS = 2**18
 LONGEST_BAD_WORD = 256
-StructuredOutputsParams = StructuredOutputs
-"""As vLLM calls it."""
+StructuredOutputsParams = GuidedDecodingParams = StructuredOutputs
+"""As vLLM calls it, now and in its older versions."""
 LogitsProcessor = Callable[[list[int], Any], Any]
 """Takes the tokens generated so far and float32 logits [vocab], and returns such logits."""
 OutputKind = Literal["delta", "cumulative", "final"]
@@ -65,6 +70,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
     structured_outputs: Annotated[
         StructuredOutputs | Constraint | dict[str, Any] | None, Meta(description="a form that the output has")
+    ] = None
+    guided_decoding: Annotated[
+        StructuredOutputs | dict[str, Any] | None, Meta(description="the older name of structured_outputs")
     ] = None
     logits_processors: Annotated[
         list[LogitsProcessor] | None, Meta(description="functions that change logits, within one process")
@@ -112,6 +120,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise InvalidRequest("stop strings need detokenize=True", "stop")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, Constraint):
             self.structured_outputs = from_structured_outputs(self.structured_outputs)
+        if self.guided_decoding is not None:
+            older = from_structured_outputs(self.guided_decoding, "guided_decoding")
+            self.structured_outputs = only_one(self.structured_outputs, older)
+            self.guided_decoding = None
         _processors(self.logits_processors)
         _beams(self)
 

@@ -1,6 +1,7 @@
+import msgspec
 import pytest
 
-from jaxserve import SamplingParams
+from jaxserve import GuidedDecodingParams, SamplingParams
 from jaxserve.errors import InvalidRequest
 
 
@@ -65,3 +66,16 @@ def test_an_item_of_a_list_is_named():
 def test_an_unknown_field_is_refused():
     with pytest.raises(TypeError, match="presense_penalty"):
         SamplingParams(presense_penalty=1.0)
+
+
+def test_the_older_name_of_structured_outputs():
+    older = SamplingParams(guided_decoding=GuidedDecodingParams(regex="[ab]"))
+    assert older.structured_outputs.kind == "regex" and older.structured_outputs.value == "[ab]"
+    assert msgspec.structs.replace(older, n=2).structured_outputs is older.structured_outputs
+    for wrong in (
+        {"guided_decoding": {}},
+        {"guided_decoding": {"regex": "a"}, "structured_outputs": {"regex": "a"}},
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            SamplingParams(**wrong)
+        assert refused.value.param.startswith("guided_decoding")
