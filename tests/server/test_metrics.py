@@ -207,6 +207,7 @@ def test_failures_of_the_engine_and_what_never_reached_it(launch):
 ENDS = {
     "queue_full": ApiError(503, "busy", code="queue_full"),
     "request_timeout": ApiError(504, "late", code="request_timeout"),
+    "invalid_request": InvalidRequest("the grammar became too complex"),
     "engine_error": ApiError(500, "failed", code="engine_error"),
     "engine_died": EngineDied("dead"),
     "internal_error": ZeroDivisionError(),
@@ -230,6 +231,17 @@ def test_a_request_that_is_refused_counts_for_nothing_but_its_response():
     with pytest.raises(InvalidRequest), outcomes.watch(0.0, 1, SamplingParams()):
         raise InvalidRequest("too long", "prompt")
     assert not any(outcomes.failures.values()) and not any(outcomes.finished.values())
+
+
+def test_a_stream_whose_grammar_fails_counts_as_an_error(real_server):
+    since = Since(real_server.http)
+    body = {"prompt": "a", "guided_regex": "(a{1,1000}){1,1000}", "min_tokens": 400, "max_tokens": 400}
+    answer = real_server.http.post("/v1/completions", json=body | {"stream": True})
+    assert answer.status_code == 200 and "too complex" in answer.text
+    counted = since.now()
+    assert counted["request_failures_total[invalid_request]"] == counted["request_success_total[error]"] == 1
+    assert real_server.http.post("/v1/completions", json=body | {"guided_regex": "("}).status_code == 400
+    assert since.now()["request_success_total[error]"] == 1
 
 
 def test_each_replica_speaks_for_itself_and_one_that_is_gone_says_nothing(launch, eventually, tmp_path):

@@ -39,6 +39,7 @@ FAILURES = {
     "client_disconnected": "abort",
     "request_timeout": "abort",
     "queue_full": "error",
+    "invalid_request": "error",
     "engine_error": "error",
     "engine_died": "error",
     "internal_error": "error",
@@ -87,7 +88,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, InvalidRequest) or not self._unfinished:
+        refused = isinstance(error, InvalidRequest) and not self._begun
+        if error is None or refused or not self._unfinished:
             return
         reason = _reason(error)
         self._outcomes.failures[reason] += self._unfinished
@@ -137,5 +139,7 @@ def _reason(error: BaseException) -> str:
         return "client_disconnected"
     if isinstance(error, EngineDied):
         return "engine_died"
+    if isinstance(error, InvalidRequest):
+        return "invalid_request"
     code = error.body.error.code if isinstance(error, ApiError) else None
     return code if code in FAILURES else "internal_error"
