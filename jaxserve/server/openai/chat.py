@@ -28,7 +28,6 @@ from jaxserve.server.openai.responses import (
 )
 from jaxserve.server.sse import EventStream, event_stream
 from jaxserve.server.state import ServerState
-from jaxserve.text.output import truncated
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -37,7 +36,6 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     model = state.check_model(request.model)
     params = request.params(state.engine.default_params)
     text, prompt = await render(state, conversation, params.truncate_prompt_tokens is not None)
-    prompt = truncated(prompt, params, state.engine.max_model_len)
     assert state.engine.tokenizer is not None
     formats = state.engine.formats.of(conversation.chat_template)
     make_parser, params = formats.reading(
@@ -48,7 +46,7 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     generation = Generation(state, [prompt], cache_salt, caller, params, written, make_parser=make_parser)
     echo = conversation.last_text if request.echo else ""
     id = f"chatcmpl-{caller.request_id}"
-    reply = _Reply(id, model, request, prompt, echo, state.engine.tokenizer, generation)
+    reply = _Reply(id, model, request, echo, state.engine.tokenizer, generation)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
@@ -58,7 +56,6 @@ class _Reply:
         id: str,
         model: str,
         request: ChatRequest,
-        prompt: list[int],
         echo: str,
         tokenizer: Tokenizer | None,
         generation: Generation,
@@ -67,7 +64,6 @@ class _Reply:
         self._id = id
         self._model = model
         self._request = request
-        self._prompt = prompt if request.return_token_ids else UNSET
         self._echo = echo
         self._tokenizer = tokenizer
         self._generation = generation
@@ -76,11 +72,12 @@ class _Reply:
 
     async def whole(self) -> Response:
         choices: list[ChatChoice] = []
+        prompt: list[int] | UnsetType = UNSET
         scored: PromptLogprobs | UnsetType = UNSET
 
         def show(_: int, output: RequestOutput) -> None:
-            nonlocal scored
-            scored = self._prompt_logprobs(output)
+            nonlocal prompt, scored
+            prompt, scored = self._prompt(output), self._prompt_logprobs(output)
             choices.extend(
                 ChatChoice(
                     sequence.index,
@@ -100,7 +97,7 @@ class _Reply:
                 model=self._model,
                 choices=choices,
                 usage=self._generation.usage,
-                prompt_token_ids=self._prompt,
+                prompt_token_ids=prompt,
                 prompt_logprobs=scored,
             )
         )
@@ -112,17 +109,17 @@ class _Reply:
 
         def show(_: int, output: RequestOutput) -> None:
             choices = []
-            scored = self._prompt_logprobs(output)
+            prompt, scored = self._prompt(output), self._prompt_logprobs(output)
             for sequence in output.outputs:
                 index = sequence.index
                 nothing = "" if sequence.events is None else None
                 if index not in begun:
                     begun.add(index)
                     role = ChunkChoice(index, Delta("assistant", nothing))
-                    if self._prompt is UNSET and scored is UNSET:
+                    if prompt is UNSET and scored is UNSET:
                         choices.append(role)
                     else:
-                        events.write(msgspec.json.encode(self._chunk(usage, [role], self._prompt, scored)))
+                        events.write(msgspec.json.encode(self._chunk(usage, [role], prompt, scored)))
                         scored = UNSET
                     if self._echo:
                         choices.append(ChunkChoice(index, Delta(content=self._echo)))
@@ -144,6 +141,9 @@ class _Reply:
     def _logprobs(self, sequence: CompletionOutput) -> ChatLogprobs | None:
         as_ids = bool(self._request.return_tokens_as_token_ids)
         return chat_logprobs(sequence, self._top, self._tokenizer, as_ids)
+
+    def _prompt(self, output: RequestOutput) -> list[int] | UnsetType:
+        return output.prompt_token_ids if self._request.return_token_ids else UNSET
 
     def _prompt_logprobs(self, output: RequestOutput) -> PromptLogprobs | UnsetType:
         if output.prompt_logprobs is None:
