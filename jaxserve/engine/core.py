@@ -6,29 +6,30 @@ while the host thinks. Which tokens come next is known to the device; the host o
 
 import logging
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import compilation, pages
+from jaxserve.engine import compilation
+from jaxserve.engine.arranging import Arranging
 from jaxserve.engine.beams import Searches
 from jaxserve.engine.blocks import BlockPool
 from jaxserve.engine.certify import certify
 from jaxserve.engine.choosing import Chooser
 from jaxserve.engine.devices import make_mesh, memory_of, platform_of, weight_type
+from jaxserve.engine.flight import Flight, asks_for_scores, keep_scores, logprobs_of
 from jaxserve.engine.grammar.matcher import GrammarFailed, Matcher
 from jaxserve.engine.guide import forced, refusal
 from jaxserve.engine.held import Held, load_vocabulary
 from jaxserve.engine.kernels import choose_kernels
 from jaxserve.engine.memory import Budget, fit
-from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello, TokenLogprobs
+from jaxserve.engine.messages import CoreOutput, CoreRequest, Hello
 from jaxserve.engine.model import LoadedModel
 from jaxserve.engine.plan import Plan, plan_of
 from jaxserve.engine.programs import Programs
@@ -48,38 +49,8 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 """In a row: then it is not the requests that are wrong, and the engine gives up."""
 
-BUSY = 0.05
-"""Seconds between pieces of memory that are taken while requests are there: at full speed steps would take
-eight times as long."""
-
-
 HELD_SECONDS = 0.01
 """How long a step waits for a grammar at most, while messages wait for the step."""
-
-
-class Flight(NamedTuple):
-    """A step whose tokens the host has not read."""
-
-    chunks: list[Chunk]
-    tokens: int = 0
-    """Of all chunks."""
-    logits: jax.Array | None = None
-    """While the tokens are not chosen."""
-    targets: jax.Array | None = None
-    sampled: jax.Array | None = None
-    """None when no chunk reached the end of its sequence."""
-    scored: jax.Array | None = None
-    """Of prompts, where their logprobs are asked for."""
-    error: Exception | None = None
-    """Why the step could not be dispatched."""
-    program: str = ""
-    dispatched: float = 0.0
-    """When, in seconds of `time.monotonic()`."""
-
-    @property
-    def done(self) -> jax.Array | None:
-        """There when the device has done the passes over the model."""
-        return self.targets if self.scored is None else self.scored
 
 
 class EngineCore:
@@ -140,30 +111,14 @@ class EngineCore:
         self._refused: list[CoreOutput] = []
         self._tokens = {"prompt": 0, "generation": 0, "forced": 0, "padding": 0}
         self._step_stats = StepStats()
-        self._begin_to_arrange()
+        self._arrange_memory()
 
-    def _begin_to_arrange(self) -> None:
-        """Arrange the memory of weights and pools as they are now, in the background, until they move."""
-        self._moved = threading.Event()
-        if not self._on_host or self.model.mesh.size > 1:
-            return
-        weights, pools = (
-            [_place(array) for array in jax.tree.leaves(held)] for held in (self.model.weights, self._kv)
-        )
-        args = weights, pools, self._moved
-        threading.Thread(target=self._arrange_memory, args=args, name="memory", daemon=True).start()
-
-    def _arrange_memory(
-        self, weights: list[pages.Place], pools: list[pages.Place], moved: threading.Event
-    ) -> None:
-        """Large pages for the weights, then all that the pool may hold: slowly while requests are there."""
-        self._programs.wait_until_warm()
-        for _ in pages.enlarge(weights):
-            if moved.is_set():
-                return
-        for _ in pages.take(pools):
-            if moved.wait(BUSY if self.unfinished else 0.0):
-                return
+    def _arrange_memory(self) -> None:
+        """That of weights and pools as they are now, where this process holds it."""
+        self._arranging: Arranging | None = None
+        if self._on_host and self.model.mesh.size == 1:
+            held = self.model.weights, self._kv
+            self._arranging = Arranging(*held, self._programs.wait_until_warm, lambda: self.unfinished)
 
     @property
     def state(self) -> Literal["ready", "warm"]:
@@ -296,7 +251,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Stop compiling and let go of the device's memory."""
-        self._moved.set()
+        if self._arranging:
+            self._arranging.end()
         self._held.close()
         self._programs.close()
         self._flights.clear()
@@ -328,7 +284,7 @@ class EngineCore:
             self._chooser.enter(request)
         chunks = schedule.chunks
         tokens = sum(chunk.length for chunk in chunks)
-        scores = _scores(chunks)
+        scores = asks_for_scores(chunks)
         bucket = self._programs.bucket(tokens, len(chunks), scores)
         self._tokens["padding"] += bucket.tokens - tokens
         step = self._programs.layout(bucket)
@@ -385,7 +341,7 @@ class EngineCore:
         now = time.monotonic()
         self._step_stats.finished(flight.program, flight.tokens, flight.dispatched, now)
         if scored:
-            _keep_scores(flight.chunks, scored)
+            keep_scores(flight.chunks, scored)
         return self._advance(flight, host, now) if host else []
 
     def _read(self, flight: Flight) -> Sampled | None:
@@ -414,7 +370,7 @@ class EngineCore:
             if request.beam is not None:
                 if not request.output:
                     self._tokens["prompt"] += len(spec.prompt)
-                (candidates,) = _logprobs(host, row, 1, MAX_LOGPROBS)
+                (candidates,) = logprobs_of(host, row, 1, MAX_LOGPROBS)
                 outputs += self._searches.take(request, candidates)
                 continue
             try:
@@ -425,7 +381,7 @@ class EngineCore:
                 continue
             output = CoreOutput(id=spec.id, token_ids=taken, finish_reason=request.finish_reason)
             if spec.logprobs is not None:
-                output.logprobs = _logprobs(host, row, 1, spec.logprobs)
+                output.logprobs = logprobs_of(host, row, 1, spec.logprobs)
             if taken[-1] in spec.stop_token_ids:
                 output.stop_token = taken[-1]
             if len(request.output) == len(taken):
@@ -476,12 +432,13 @@ class EngineCore:
         self._pool.cache.clear()
         for request in list(self._scheduler.running):
             self._scheduler.preempt(request)
-        self._moved.set()
+        if self._arranging:
+            self._arranging.end()
         for array in jax.tree.leaves((self._kv, self._slots, self._chooser.shaping)):
             array.delete()  # or the traceback keeps what was not donated
         state = jax.block_until_ready(self._programs.empty_state())
         self._kv, self._slots, self._chooser.shaping = state
-        self._begin_to_arrange()
+        self._arrange_memory()
         return outputs
 
 
@@ -494,37 +451,6 @@ def _refusal(id: str, error: BaseException) -> CoreOutput:
         code = "invalid_request"
     param = getattr(error, "param", None)
     return CoreOutput(id=id, finish_reason="error", error=str(error), error_code=code, error_param=param)
-
-
-def _logprobs(host: Sampled, row: int, rows: int, count: int) -> list[TokenLogprobs]:
-    """Of so many rows from one on, each with the `count` likeliest."""
-    assert host.logprobs is not None and host.top_tokens is not None
-    assert host.top_logprobs is not None and host.ranks is not None
-    at = slice(row, row + rows)
-    tokens = np.column_stack([host.tokens[at], host.top_tokens[at, :count]])
-    logprobs = np.column_stack([host.logprobs[at], host.top_logprobs[at, :count]])
-    return list(map(TokenLogprobs, tokens.tolist(), logprobs.tolist(), host.ranks[at].tolist()))
-
-
-def _scores(chunks: list[Chunk]) -> bool:
-    """Whether a step is to give logprobs of a prompt."""
-    asked = [chunk for chunk in chunks if chunk.request.spec.prompt_logprobs is not None]
-    return any(chunk.request.unscored(chunk.start, chunk.length) for chunk in asked)
-
-
-def _keep_scores(chunks: list[Chunk], scored: Sampled) -> None:
-    """Give the requests what a step says of their prompts. Steps are read in order, so none is left out."""
-    row = 0
-    for request, start, length, _, _ in chunks:
-        if asked := request.unscored(start, length):
-            first, count = row + asked.start - start, request.spec.prompt_logprobs
-            assert count is not None
-            request.scores += _logprobs(scored, first, len(asked), count)
-        row += length
-
-
-def _place(array: jax.Array) -> pages.Place:
-    return array.unsafe_buffer_pointer(), array.nbytes
 
 
 def _hello(budget: Budget) -> Hello:

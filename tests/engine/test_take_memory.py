@@ -40,7 +40,7 @@ def test_it_makes_way_for_requests_and_ends_with_the_engine(model_dir, monkeypat
             time.sleep(0.001)
 
     monkeypatch.setattr(pages, "take", take)
-    monkeypatch.setattr("jaxserve.engine.core.BUSY", 300.0)
+    monkeypatch.setattr("jaxserve.engine.arranging.BUSY", 300.0)
     with Engine(str(model_dir), dtype="float32", **OPTIONS) as engine:
         assert piece.wait(300)
         engine.add_request([5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True))
