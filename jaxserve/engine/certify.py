@@ -313,6 +313,8 @@ class _Draws:
         logits = random.standard_normal((count, programs.shapes.vocab), np.float32)
         self._logits = logits * random.choice([0.1, 1.0, 3.0], (count, 1)).astype(np.float32)
         self._requests = [self._request(i) for i in range(count)]
+        words = programs.rows_layout(count).words
+        self._masks = random.integers(0, 2**32, (count, words), np.uint32)
 
     def _request(self, i: int) -> CoreRequest:
         """Some greedy, and every other one plain: without filters in a batch, nothing is searched for."""
@@ -357,13 +359,15 @@ class _Draws:
                 packed = self._programs.enter_layout.pack(int(targets[place, 0]), self._requests[row], [])
                 self.shaping = self._programs.enter(self.shaping, packed)
                 targets[place, 1] = len(self._requests[row].prompt)
-            packed, here, _ = self._programs.rows_layout(seqs).empty()
-            here[places] = 1
-            self.shaping, shaped = program(self.shaping, self.slots, logits, targets, packed)
-            found = np.asarray(shaped)
-            for place, row in zip(places, rows, strict=True):
-                if variant == "typical" or self._requests[row].typical_p == 1.0:
-                    bits.note((row, "logits"), found[place])
+            packed, here, masks = self._programs.rows_layout(seqs).empty()
+            masks[places] = self._masks[rows]
+            for asks in (0,) if variant == "masks" else (0, 1):
+                here[places] = asks
+                self.shaping, shaped = program(self.shaping, self.slots, logits, targets, packed)
+                found = np.asarray(shaped)
+                for place, row in zip(places, rows, strict=True):
+                    if variant == "typical" or not asks or self._requests[row].typical_p == 1.0:
+                        bits.note((row, asks), found[place])
         return bits
 
     def _steps(self, seqs: int) -> Iterator[tuple[list[int], list[int], np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from jaxserve.engine.programs import Programs
 from jaxserve.engine.request import Request
 from jaxserve.engine.sampling import Variant
 from jaxserve.engine.scheduler import Chunk
-from jaxserve.engine.shaping import Shaping, is_shaped
+from jaxserve.engine.shaping import ShapeVariant, Shaping, is_shaped
 from jaxserve.engine.step import Slots
 from jaxserve.errors import InvalidRequest
 
@@ -47,12 +47,14 @@ class Chooser:
             return slots, None
         seqs = raw.shape[0]
         logits: jax.Array | np.ndarray = self._processed(chunks, raw)
+        own: jax.Array | np.ndarray = raw
         rows = self._rows(chunks, seqs)
         if rows is not None:
-            typical = any(chunk.request.spec.typical_p < 1.0 for chunk in chunks if chunk.samples)
-            shape = self._programs.shape(seqs, "typical" if typical else "plain")
+            shape = self._programs.shape(seqs, shape_variant_of(chunks, variant))
             self.shaping, logits = shape(self.shaping, slots, logits, targets, rows)
-        slots, sampled = self._programs.sample(seqs, variant)(slots, logits, raw, targets)
+            if variant != "full":  # nobody asks for the model's own, which may be gone
+                own = logits
+        slots, sampled = self._programs.sample(seqs, variant)(slots, logits, own, targets)
         if not self._on_host:
             sampled.copy_to_host_async()
         return slots, sampled
@@ -111,6 +113,14 @@ def variant_of(chunks: Sequence[Chunk]) -> Variant | None:
     if any(spec.logprobs is not None for spec in specs):
         return "full"
     return "random" if any(spec.temperature > 0 for spec in specs) else "greedy"
+
+
+def shape_variant_of(chunks: Sequence[Chunk], variant: Variant) -> ShapeVariant:
+    """The cheapest shape program for rows that are sampled by `variant`."""
+    specs = [chunk.request.spec for chunk in chunks if chunk.samples]
+    if variant == "full" or any(spec.typical_p < 1.0 for spec in specs):
+        return "typical"
+    return "plain" if any(map(is_shaped, specs)) else "masks"
 
 
 def _asks(request: Request) -> bool:

@@ -34,7 +34,7 @@ DECODE_RUNGS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SMALLEST_MIXED = 64
 VARIANTS: tuple[Variant, ...] = ("full", "greedy", "random")
 """`full` serves every row, so it comes first."""
-SHAPES: tuple[ShapeVariant, ...] = ("typical", "plain")
+SHAPES: tuple[ShapeVariant, ...] = ("typical", "plain", "masks")
 """So does `typical`."""
 
 
@@ -182,7 +182,8 @@ class Programs:
         return self._forward[bucket]
 
     def shape(self, seqs: int, variant: ShapeVariant) -> Any:
-        """shape for that many rows: (shaping, slots, logits, targets, rows) -> (shaping, logits)."""
+        """shape for that many rows: (shaping, slots, logits, targets, rows) -> (shaping, logits). Any but
+        `typical` may put them where those given were."""
         return self._shape.get((seqs, variant)) or self._shape[seqs, SHAPES[0]]
 
     def score(self, bucket: Bucket) -> Any:
@@ -283,8 +284,10 @@ class Programs:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)
         rows = self._array(seqs, 1 + self.rows_layout(seqs).words, dtype=jnp.uint32)
         args = (self._shaping, self._slots, logits, self._array(seqs, 2), rows)
-        function = partial(shape, variant)
-        self._shape[seqs, variant] = self._compile(f"shape {seqs} {variant}", function, *args)
+        # what tells logprobs needs the model's own logits too
+        donate = (0,) if variant == SHAPES[0] else (0, 2)
+        name, function = f"shape {seqs} {variant}", partial(shape, variant)
+        self._shape[seqs, variant] = self._compile(name, function, *args, donate=donate)
 
     def _compile_sample(self, seqs: int, variant: Variant) -> None:
         logits = self._array(seqs, self.shapes.vocab, dtype=jnp.float32)

@@ -22,8 +22,8 @@ from jaxserve.engine.sampling import mass_threshold
 from jaxserve.engine.step import Slots
 from jaxserve.sampling_params import MAX_LOGIT_BIAS
 
-ShapeVariant = Literal["typical", "plain"]
-"""What a shape program can do: any row; any row without typical_p."""
+ShapeVariant = Literal["typical", "plain", "masks"]
+"""What a shape program can do: any row; any row without typical_p; only masks."""
 IN_PROMPT = 1 << 15
 """In a count: the prompt has the token. What is below is how often it was generated."""
 HEAD = 6
@@ -138,6 +138,8 @@ def shape(
     A row's last token is counted first, unless it is known already. A row gets the same bits whoever is
     beside it.
     """
+    if variant == "masks":
+        return shaping, _masked(logits, rows)
     target, position = targets[:, 0], targets[:, 1]
     here = rows[:, 0] > 0
 
@@ -148,16 +150,20 @@ def shape(
         counts=shaping.counts.at[target, last].set(count + new.astype(jnp.uint16)),
         length=shaping.length.at[target].set(position),
     )
-    logits = _weigh(shaping, target, here, logits)
-    bits = rows[:, 1:, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-    allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] > 0
-    logits = jnp.where(allowed, logits, -jnp.inf)
+    logits = _masked(_weigh(shaping, target, here, logits), rows)
     if variant == "plain":
         return shaping, logits
     temperature = slots.params.temperature[target]
     mass = jnp.where(here & (temperature > 0.0), shaping.factors[target, 3], 1.0)
     typical = partial(_typical, temperature, mass)
     return shaping, lax.cond(jnp.any(mass < 1.0), typical, lambda logits: logits, logits)
+
+
+def _masked(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """Without the tokens that may not come."""
+    bits = rows[:, 1:, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] > 0
+    return jnp.where(allowed, logits, -jnp.inf)
 
 
 def _weigh(shaping: Shaping, target: jax.Array, here: jax.Array, logits: jax.Array) -> jax.Array:

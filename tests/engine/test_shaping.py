@@ -15,7 +15,7 @@ import pytest
 from jaxserve import SamplingParams
 from jaxserve.engine.messages import CoreRequest
 from jaxserve.engine.rules import rules_of
-from jaxserve.engine.shaping import EnterLayout, RowsLayout, Shaping, enter, shape
+from jaxserve.engine.shaping import EnterLayout, RowsLayout, Shaping, enter, is_shaped, shape
 from jaxserve.engine.step import Slots
 from jaxserve.errors import JaxserveError
 
@@ -96,8 +96,10 @@ class Device:
         args = self.shaping, slots, padded, np.array(targets, np.int32), packed
         self.shaping, found = shape_jit("typical", *args)
         _, plain = shape_jit("plain", *args)
+        _, masked = shape_jit("masks", *args)
         for row, spec in enumerate(self.specs):  # to the last bit
             assert spec.typical_p < 1.0 or np.array_equal(plain[row], found[row])
+            assert is_shaped(spec) or np.array_equal(masked[row], found[row])
         return np.asarray(found)[: rows - 1]
 
 
