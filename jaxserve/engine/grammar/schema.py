@@ -27,6 +27,9 @@ DEEPEST = 50
 """Schemas within schemas; the library parses 128 levels of JSON."""
 MOST = 2**16
 """Schemas in one: other requests of the server wait while they are looked through."""
+BEFORE = 100
+"""Characters that may come before what a pattern without `^` describes: a model that does not think of it
+would write others for ever."""
 
 
 def checked(schema: Any, param: str) -> dict[str, Any]:
@@ -66,6 +69,20 @@ def escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
+SPELLED = re.compile(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", re.DOTALL)
+"""What of a pattern is no anchor or bar: what is escaped, and classes."""
+
+
+def begun(pattern: str) -> str:
+    """The pattern with at most `BEFORE` characters before it; as it is if it says how a text begins."""
+    plain = SPELLED.sub("x", pattern)
+    ends = plain.endswith("$")
+    if "^" in plain or "$" in plain.removesuffix("$") or (ends and "|" in plain):
+        return pattern
+    described = pattern.removesuffix("$") if ends else pattern
+    return rf"^[\s\S]{{0,{BEFORE}}}(?:{described})" + "$" * ends
+
+
 class _Check:
     def __init__(self, root: Mapping[str, Any], param: str):
         self.root = root
@@ -90,7 +107,10 @@ class _Check:
         for key in schema.keys() & UNENFORCED:
             raise self.refuse(f"{at}/{escaped(key)}", f"the keyword {key} cannot be enforced")
         self.values(schema, at)
-        return {key: self.keyword(key, value, at, depth) for key, value in self.plain(schema).items()}
+        found = {key: self.keyword(key, value, at, depth) for key, value in self.plain(schema).items()}
+        if isinstance(found.get("pattern"), str) and "maxLength" not in found:
+            found["pattern"] = begun(found["pattern"])
+        return found
 
     def keyword(self, key: str, value: Any, at: str, depth: int) -> Any:
         at = f"{at}/{escaped(key)}"

@@ -58,6 +58,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "short string": {"type": "string", "minLength": 2, "maxLength": 5},
     "pattern": {"type": "string", "pattern": "^[A-Z]{2}-\\d{3}$"},
     "part of pattern": {"type": "string", "pattern": "ab+c", "maxLength": 30},
+    "somewhere": {"type": "string", "pattern": "v1\\.0\\.\\d+"},
+    "at its end": {"type": "string", "pattern": "\\.jso?n$", "minLength": 3},
     "date": {"type": "string", "format": "date"},
     "ipv4": {"type": "string", "format": "ipv4"},
     "range": {"type": "integer", "minimum": -12, "maximum": 345},
