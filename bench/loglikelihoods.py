@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from bench.transformers_llama import transformers_llama
 from jaxserve.config import DEFAULT_MODEL
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.hub import resolve
@@ -95,15 +96,8 @@ def theirs(checkpoint: Checkpoint, prompts: list[list[int]]) -> Iterator[np.ndar
     torch's log_softmax in float32 is off by 1e-5 in every row of so large a vocabulary: 7e-3 in a text's sum.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
-    state = {name: torch.tensor(np.array(checkpoint.tensor(name))) for name in checkpoint.shapes()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    model.eval()
+    model = transformers_llama(checkpoint)
     for ids in prompts:
         with torch.inference_mode():
             yield torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double(), -1).numpy()

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.transformers_llama import transformers_llama
 from jaxserve.config import DEFAULT_MODEL, EngineConfig
 from jaxserve.engine.compilation import compiler_options
 from jaxserve.engine.devices import kv_type, make_mesh, platform_of
@@ -73,15 +74,8 @@ def ours(checkpoint: Checkpoint, ids: np.ndarray, config: EngineConfig) -> float
 
 def theirs(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> float:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
-    state = {name: torch.tensor(np.array(checkpoint.tensor(name))) for name in checkpoint.shapes()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    model = model.to(getattr(torch, dtype)).eval()
+    model = transformers_llama(checkpoint).to(getattr(torch, dtype))
     found = []
     with torch.inference_mode():
         for window in torch.tensor(ids, dtype=torch.long):

@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 
+from bench.transformers_llama import transformers_llama
 from jaxserve import Engine, SamplingParams
 from jaxserve.engine.kernels import Kernels
 
@@ -50,15 +51,7 @@ def checkpoint(default_model):
 @pytest.fixture(scope="module")
 def reference(checkpoint):
     """transformers' Llama in float32, with the weights as we dequantise them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
-    state = {name: torch.tensor(np.array(checkpoint.tensor(name))) for name in checkpoint.shapes()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    return model.eval()
+    return transformers_llama(checkpoint)
 
 
 @pytest.fixture(scope="module")
