@@ -3,7 +3,7 @@
 They are formats of structural tags (docs/structured_output.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.engine.grammar.schema import checked
 from jaxserve.errors import InvalidRequest
 from jaxserve.text.parsers.deepseek_v3 import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR, deepseek_v3
+from jaxserve.text.parsers.granite import granite, granite_tagged
 from jaxserve.text.parsers.granite_reasoning import RESPONSE, THOUGHT, granite_reasoning, granite_thinks
 from jaxserve.text.parsers.harmony import harmony
 from jaxserve.text.parsers.hermes import hermes
@@ -19,6 +20,7 @@ from jaxserve.text.parsers.json_calls import call_list
 from jaxserve.text.parsers.llama3_json import llama3_json
 from jaxserve.text.parsers.mistral import TOOL_CALLS, mistral
 from jaxserve.text.parsers.phi4_mini_json import phi4_mini_json
+from jaxserve.text.parsers.qwen3_coder import qwen3_coder
 from jaxserve.text.parsers.registry import Format
 from jaxserve.text.parsers.scanner import Scanner, Wait
 from jaxserve.text.parsers.think import CLOSE, OPEN, deepseek_r1, qwen3, thinks
@@ -26,6 +28,7 @@ from jaxserve.text.tools import ToolUse
 
 Part = dict[str, Any]
 TEXT: Part = {"type": "any_text"}
+OBJECT: Part = {"type": "json_schema", "json_schema": {"type": "object"}}
 OUTPUT: Part = {"type": "output"}
 """Where the form stands that a request asks for."""
 MORE = {"patternProperties", "minProperties", "$ref", "anyOf", "oneOf", "allOf"}
@@ -43,18 +46,35 @@ class Writing(NamedTuple):
     many: bool = True
     trigger: str = ""
     """What calls begin with, and no other text does."""
+    free: Part = OBJECT
+    """Arguments that need not fit."""
 
 
 LIST = Writing('{{"name": "{}", "arguments": ', "}", ", ", "[", "]")
 TAGGED = Writing('<tool_call>\n{{"name": "{}", "arguments": ', "}\n</tool_call>", "\n", trigger="<tool_call>")
+CODER = Writing(
+    "<tool_call>\n<function={}>\n", "\n</function>\n</tool_call>", "\n", trigger="<tool_call>", free=TEXT
+)
+FINAL = "<|channel|>final<|message|>"
 WRITINGS: dict[Format, Writing] = {
     hermes: TAGGED,
     llama3_json: Writing('{{"name": "{}", "parameters": ', "}", "; "),
     mistral: LIST._replace(first=f"{TOOL_CALLS}[", trigger=TOOL_CALLS),
     phi4_mini_json: LIST._replace(first="<|tool_call|>[", last="]<|/tool_call|>", trigger="<|tool_call|>"),
     deepseek_v3: Writing(f"{CALL}{{}}{SEPARATOR}", END_CALL, "", CALLS, END_CALLS, trigger=CALLS),
+    qwen3_coder: CODER,
     harmony: Writing("<|channel|>commentary to=functions.{} <|constrain|>json<|message|>", "", many=False),
 }
+CHOSEN: dict[Format, tuple[Writing, ...]] = {
+    **{format: (writing,) for format, writing in WRITINGS.items() if writing.trigger},
+    qwen3_coder: (CODER, CODER._replace(begin="<function={}>\n", end="\n</function>", trigger="<function=")),
+    granite: (
+        TAGGED,
+        LIST._replace(first="<tool_call>[", trigger="<tool_call>"),
+        LIST._replace(first="<|tool_call|>[", trigger="<|tool_call|>"),
+    ),
+}
+"""All ways in which a model may begin a call by itself."""
 
 
 def json_list(s: Scanner) -> Wait[None]:
@@ -62,9 +82,11 @@ def json_list(s: Scanner) -> Wait[None]:
     yield from s.attempt(call_list(s, bare=True))
 
 
-def read_by(format: Format) -> Format:
-    """The format in which calls are read that must come."""
-    return format if format in WRITINGS else json_list
+def read_by(format: Format, use: ToolUse) -> Format:
+    """The format in which calls are read that must come, or must fit."""
+    if use.forced:
+        return format if format in WRITINGS else json_list
+    return granite_tagged if format is granite and use.strict else format
 
 
 def constraint(
@@ -83,13 +105,16 @@ def constraint(
     """
     thoughts = _THOUGHTS[reasoning](prompt, continued) if reasoning in _THOUGHTS else None
     begun = reasoning is not harmony or continued is not None
-    content = OUTPUT if begun else _sequence(_text("<|channel|>final<|message|>"), OUTPUT)
+    content = OUTPUT if begun else _sequence(_text(FINAL), OUTPUT)
     writing = WRITINGS.get(calls, LIST) if calls else LIST
     if calls and use.forced:
         return _held(thoughts, _calls(writing, use), "tool_choice")
     if calls and wanted is None:
-        text = _text_and_calls(writing, use)
-        return text and _held(thoughts, text, "tools")
+        if calls is harmony and use.strict:
+            return _held(None, _messages(writing, use, continued is not None), "tools")
+        if calls in CHOSEN and use.strict:
+            return _held(thoughts, _text_and_calls(CHOSEN[calls], use), "tools")
+        return None
     if wanted is None or (calls is None and thoughts is None and content is OUTPUT):
         return wanted
     if calls and calls not in WRITINGS:
@@ -107,8 +132,8 @@ def _after(thoughts: Part | None, form: Part) -> Part:
     return form if thoughts is None else _sequence(thoughts, form)
 
 
-def _calls(writing: Writing, use: ToolUse) -> Part:
-    return _tag(writing.first, _one_or_more(writing, use, False), writing.last)
+def _calls(writing: Writing, use: ToolUse, loose: bool = False) -> Part:
+    return _tag(writing.first, _one_or_more(writing, use, loose), writing.last)
 
 
 def _one_or_more(writing: Writing, use: ToolUse, loose: bool) -> Part:
@@ -121,23 +146,28 @@ def _one_or_more(writing: Writing, use: ToolUse, loose: bool) -> Part:
     }
 
 
-def _text_and_calls(writing: Writing, use: ToolUse) -> Part | None:
-    """Text in which calls of strict tools fit; None where no tool is strict, or calls begin as text does.
+def _text_and_calls(writings: Sequence[Writing], use: ToolUse) -> Part:
+    """Text in which calls of strict tools fit.
 
     Where the prompt leaves open whether there are thoughts, a call in them has to fit too.
     """
-    if not writing.trigger or not any(tool["function"].get("strict") for tool in use.offered):
-        return None
-    if writing.first:
-        tags = [_tag(writing.first, _one_or_more(writing, use, True), writing.last)]
-    else:
-        tags = _tags(writing, use, True)
+    tags: list[Part] = []
+    for writing in writings:
+        tags += [_calls(writing, use, True)] if writing.first else _tags(writing, use, True)
     return {
         "type": "triggered_tags",
-        "triggers": [writing.trigger],
+        "triggers": list(dict.fromkeys(writing.trigger for writing in writings)),
         "tags": tags,
         "stop_after_first": not use.many,
     }
+
+
+def _messages(writing: Writing, use: ToolUse, begun: bool) -> Part:
+    """Harmony's: thoughts and words before a call, then a call, which fits if its tool is strict, or text."""
+    last = _either(TEXT if begun else _sequence(_text(FINAL), TEXT), _calls(writing, use, True))
+    end = "<|end|><|start|>assistant"
+    first = [_tag(f"<|channel|>{name}<|message|>", TEXT, end) for name in ("analysis", "commentary")]
+    return last if begun else _sequence({"type": "tags_with_separator", "tags": first, "separator": ""}, last)
 
 
 def _tags(writing: Writing, use: ToolUse, loose: bool) -> list[Part]:
@@ -147,19 +177,19 @@ def _tags(writing: Writing, use: ToolUse, loose: bool) -> list[Part]:
         if use.named in (None, function["name"]):
             free = loose and not function.get("strict")
             place = f"tools[{i}].function.parameters"
-            schema = {"type": "object"} if free else _arguments(function["parameters"], place)
-            content = {"type": "json_schema", "json_schema": schema, "param": place}
+            content = writing.free if free else _arguments(function["parameters"], place)
             tags.append(_tag(writing.begin.format(function["name"]), content, writing.end))
     return tags
 
 
 def _arguments(parameters: Mapping[str, Any], place: str) -> Part:
-    """The schema of a tool's arguments: an object with its parameters, and with others only if it says
+    """What fits a tool's schema: an object with its parameters, and with others only if it says
     something of them."""
     checked(parameters, place)
     known, required = parameters.get("properties", {}), parameters.get("required", ())
     more = parameters.keys() & MORE or not known.keys() >= set(required)
-    return {"type": "object", **({} if more else {"additionalProperties": False}), **parameters}
+    schema = {"type": "object", **({} if more else {"additionalProperties": False}), **parameters}
+    return {"type": "json_schema", "json_schema": schema, "param": place}
 
 
 def _deepseek_r1(prompt: str, continued: str | None) -> Part | None:

@@ -134,8 +134,8 @@ class Formats(NamedTuple):
         constraint = call_grammar.constraint(tools, self.reasoning, use, end, wanted, continued)
         if constraint is not wanted:
             params = replace(params, structured_outputs=constraint)
-        if tools is not None and use.forced:
-            tools = call_grammar.read_by(tools)
+        if tools is not None:
+            tools = call_grammar.read_by(tools, use)
         if tools is None and self.reasoning is None:
             return None, params
         special = tokenizer.special_tokens

@@ -71,6 +71,11 @@ class ToolUse(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, dict=Tru
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
+    def strict(self) -> bool:
+        """Whether there is a tool whose arguments fit wherever it is called."""
+        return any(tool["function"].get("strict") for tool in self.offered)
+
+    @property
     def forced(self) -> bool:
         """Whether there must be a call."""
         return self.tool_choice == "required" or self.named is not None

@@ -10,4 +10,10 @@ from jaxserve.text.parsers.scanner import Scanner, Wait, tags
 @tags("<|tool_call|>", "<tool_call>", "</tool_call>")
 def granite(s: Scanner) -> Wait[None]:
     yield from s.attempt(call_list(s, bare=True))
+    yield from granite_tagged(s)
+
+
+@tags("<|tool_call|>", "<tool_call>", "</tool_call>")
+def granite_tagged(s: Scanner) -> Wait[None]:
+    """Without the bare list."""
     yield from tagged(s, {"<|tool_call|>": call_list, "<tool_call>": call_list}, ("</tool_call>",))

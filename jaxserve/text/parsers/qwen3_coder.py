@@ -1,6 +1,7 @@
 """Qwen 3 Coder and Qwen 3.5.
 
-`<tool_call><function=F><parameter=K>`, value, `</parameter>` … `</function></tool_call>`, each tag on a line.
+`<tool_call><function=F><parameter=K>`, value, `</parameter>` … `</function></tool_call>`, each tag on a line
+(or all arguments as one JSON object in the place of the parameters).
 """
 
 import json
@@ -34,6 +35,9 @@ def _function(s: Scanner) -> Wait[bool]:
     if not name or not (yield from s.literal(">")):
         return False
     s.begin(name)
+    if (yield from s.attempt(_json(s))):
+        yield from after_spaces(s, *CLOSING)
+        return True
     opening = "{"
     properties = s.tools.get(name, {}).get("properties")
     properties = properties if isinstance(properties, dict) else {}
@@ -54,6 +58,14 @@ def _function(s: Scanner) -> Wait[bool]:
             tag = yield from after_spaces(s, PARAMETER, *CLOSING)
     if tag:
         s.arguments("{}" if opening == "{" else "}")
+    return True
+
+
+def _json(s: Scanner) -> Wait[bool]:
+    yield from s.spaces()
+    if (yield from s.peek()) != "{":
+        return False
+    yield from s.nested(s.arguments, CLOSING)
     return True
 
 

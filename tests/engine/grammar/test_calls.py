@@ -216,13 +216,19 @@ def test_the_place_of_a_form_is_no_format_for_clients(special: dict[str, int]) -
     assert error.value.param == "structured_outputs.structural_tag.format.type"
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral", "phi4_mini_json", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        *((name, WRITINGS[TOOL_PARSERS[name]].trigger) for name in ("hermes", "mistral", "deepseek_v3")),
+        *(("phi4_mini_json", "<|tool_call|>"), ("qwen3_coder", "<tool_call>"), ("qwen3_coder", "<function=")),
+        *(("granite", "<tool_call>"), ("granite", "<tool_call>["), ("granite", "<|tool_call|>")),
+    ],
+)
 def test_calls_of_strict_tools_fit_where_the_model_chooses_to_call(
-    name: str, write: Callable[..., Any]
+    name: str, begin: str, write: Callable[..., Any]
 ) -> None:
     formats = Formats.choose(name, "qwen3", "", None)
     strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
-    begin = WRITINGS[TOOL_PARSERS[name]].trigger
     for prompt, begun in (
         ("", begin),
         ("", f"Let me see. {begin}"),
@@ -232,9 +238,38 @@ def test_calls_of_strict_tools_fit_where_the_model_chooses_to_call(
             assert len(message.tool_calls) == 1 and begin not in message.content, text
             assert message.reasoning == (f"{begin}?" if prompt else "")
             check(message)
+    if name == "qwen3_coder":  # other tools keep the format's own way to write arguments
+        outer = ("<tool_call>\n", "\n</tool_call>") if begin == "<tool_call>" else ("", "")
+        begin = "<function=weather>\n<parameter=town>\n1\n</parameter>\n</function>".join(outer)
     loose = [TOOLS[0], TOOLS[-1]]
     for _, message in write(formats, begin=begin, tools=loose, parallel_tool_calls=False):
         assert isinstance(json.loads(message.tool_calls[0].arguments), dict)
+
+
+@pytest.mark.parametrize("reasoning", ["gpt_oss", "none"])
+def test_strict_calls_of_harmony_come_after_thoughts_and_words(
+    reasoning: str, write: Callable[..., Any]
+) -> None:
+    formats = Formats.choose("openai", reasoning, "", None)
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    call = "<|channel|>commentary to="
+    thoughts = "<|channel|>analysis<|message|>Hm {.<|end|><|start|>assistant"
+    words = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+    for begin in (call, thoughts + call, words + call, thoughts + words + thoughts + call):
+        for text, message in write(formats, begin=begin, tools=strict):
+            assert len(message.tool_calls) == 1, text
+            assert message.content == ("I look." if words in begin else "")
+            assert message.reasoning == "Hm {." * begin.count(thoughts)
+            check(message)
+    for _, message in write(formats, begin=f"{thoughts}<|channel|>final", tools=strict):
+        assert not message.tool_calls and message.reasoning == "Hm {."
+
+
+def test_a_bare_list_is_no_call_where_calls_must_fit(write: Callable[..., Any]) -> None:
+    formats = Formats.choose("granite", "none", "", None)
+    begin = '[{"name": "weather", "arguments": {"town": 1}}]'
+    for text, message in write(formats, begin=begin, tools=[TOOLS[0], TOOLS[-1]]):
+        assert message.content.startswith(begin), text
 
 
 def test_strict_tools_leave_text_free(write: Callable[..., Any]) -> None:

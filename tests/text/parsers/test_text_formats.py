@@ -59,7 +59,10 @@ QWEN3_CODER = [
         [("f", '{"a": "1", "b": "2"}')],
     ),
     ("<function=f><parameter=k></parameter></function>", "", [("f", '{"k": ""}')]),
+    ('<function=weather>{"city": "Paris"}</function>', "", [PARIS]),
+    ('<tool_call>\n<function=f>\n{"k": "}"}\n</function>\n</tool_call>x', "\nx", [("f", '{"k": "}"}')]),
     # cut off
+    ('<function=f>{"k": [1', "", [("f", '{"k": [1')]),
     ("<function=weather><parameter=city>Par", "", [("weather", '{"city": "Par')]),
     ("<function=weather><parameter=days>3", "", [("weather", '{"days": 3')]),
     ("<function=f><parameter=a>1</parameter>", "", [("f", '{"a": "1"')]),
