@@ -200,6 +200,55 @@ def test_the_prompt_of_a_round_trip(http):
     assert prompt.startswith("<|user|>Weather?<|end|><|assistant|><tool_call>") and "12" in prompt
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", [OSLO, f"I look.\n{OSLO}{TIME}"])
+def test_functions_are_answered_as_functions(says, text, stream):
+    functions = [tool["function"] for tool in TOOLS]
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": text}], "functions": functions}
+    reply = says.chat.completions.create(**asked, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in reply]
+        deltas = [choice.delta for choice in choices]
+        called = [delta.function_call for delta in deltas if delta.function_call]
+        assert [call.name for call in called] == ["weather"] + [None] * (len(called) - 1)
+        arguments = "".join(call.arguments for call in called)
+        content = "".join(delta.content or "" for delta in deltas) or None
+        assert not any(delta.tool_calls for delta in deltas)
+    else:
+        choices = reply.choices
+        message = choices[0].message
+        arguments, content = message.function_call.arguments, message.content
+        assert message.function_call.name == "weather" and message.tool_calls is None
+    assert arguments == '{"city": "Oslo"}' and choices[-1].finish_reason == "function_call"
+    assert content == ("I look.\n" if text != OSLO else None)
+    plain = says.chat.completions.create(**asked, function_call="none")
+    assert plain.choices[0].message.content == text and plain.choices[0].finish_reason == "stop"
+
+
+def test_the_prompt_of_functions_is_that_of_tools(http):
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    asked, answer = {"role": "user", "content": "Weather?"}, {"content": "12", "name": "weather"}
+    older = [
+        asked,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function"} | answer,
+    ]
+    newer = [
+        asked,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "a", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "a"} | answer,
+    ]
+    for path in ("/v1/chat/completions/render", "/tokenize"):
+        functions = [tool["function"] for tool in TOOLS]
+        told = http.post(path, json={"messages": older, "functions": functions})
+        assert told.status_code == 200, told.text
+        assert told.json() == http.post(path, json={"messages": newer, "tools": TOOLS}).json()
+
+
 def test_reasoning_effort_is_for_templates_that_know_it(says, http):
     body = {"messages": [{"role": "user", "content": "Hi"}], "reasoning_effort": "low"}
     told = says.post("/chat/completions/render", body=body, cast_to=object)
@@ -288,6 +337,16 @@ def test_a_call_that_must_come_is_one_whatever_the_model(start_real, tmp_path):
     begun = asked | {"messages": [{"role": "user", "content": "<tool_call>"}], "tool_choice": "auto"}
     (free,) = client.chat.completions.create(**begun, max_tokens=20).choices
     assert free.message.content and not free.message.tool_calls
+    older = {name: value for name, value in begun.items() if name in ("model", "messages", "seed")}
+    reply = client.chat.completions.create(
+        **older, functions=[MOVE["function"]], function_call={"name": "move"}
+    )
+    assert reply.choices[0].finish_reason == "function_call"
+    assert json.loads(reply.choices[0].message.function_call.arguments)["to"] in ("left", "right")
+    strange = {"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**older, functions=[strange], function_call={"name": "f"})
+    assert error.value.param == "functions[0].parameters#/properties/a"
     wrong = MOVE | {"function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**asked | {"tools": [MOVE, wrong], "tool_choice": "required"})

@@ -10,8 +10,10 @@ from jaxserve.text.parsers import Arguments, CallBegin, Content, Event, Reasonin
 class Answer:
     """All choices of one request."""
 
-    def __init__(self, show_reasoning: bool):
+    def __init__(self, show_reasoning: bool, functions: bool):
+        """`functions`: a call, which is the only one, has its older form."""
         self._show_reasoning = show_reasoning
+        self._functions = functions
         self._arguments: dict[int, list[str]] = {}
         """Of the last call of each choice that has one."""
 
@@ -22,7 +24,9 @@ class Answer:
         message = ChatMessage(echo + found.content or None)
         if found.reasoning:
             message.reasoning = message.reasoning_content = found.reasoning
-        if found.tool_calls:
+        if found.tool_calls and self._functions:
+            message.function_call = CalledFunction(found.tool_calls[0].name, found.tool_calls[0].arguments)
+        elif found.tool_calls:
             message.tool_calls = [
                 ToolCall(id=call.id, type="function", function=CalledFunction(call.name, call.arguments))
                 for call in found.tool_calls
@@ -41,11 +45,9 @@ class Answer:
                 case Reasoning(text):
                     deltas.append(Delta(reasoning=text, reasoning_content=text))
                 case CallBegin(index, id, name):
-                    call = ToolCall(index, id, "function", CalledFunction(name, ""))
-                    deltas.append(Delta(tool_calls=[call]))
+                    deltas.append(self._delta(ToolCall(index, id, "function", CalledFunction(name, ""))))
                 case Arguments(index, text):
-                    call = ToolCall(index, function=CalledFunction(arguments=text))
-                    deltas.append(Delta(tool_calls=[call]))
+                    deltas.append(self._delta(ToolCall(index, function=CalledFunction(arguments=text))))
         return deltas
 
     def finish_reason(self, output: CompletionOutput) -> str | None:
@@ -54,7 +56,10 @@ class Answer:
             return output.finish_reason
         # a stop string may stand in the middle of a call
         cut_off = isinstance(output.stop_reason, str) and not _is_json("".join(arguments))
-        return "stop" if cut_off else "tool_calls"
+        return "stop" if cut_off else "function_call" if self._functions else "tool_calls"
+
+    def _delta(self, call: ToolCall) -> Delta:
+        return Delta(function_call=call.function) if self._functions else Delta(tool_calls=[call])
 
     def _shown(self, index: int, events: list[Event]) -> list[Event]:
         for event in events:

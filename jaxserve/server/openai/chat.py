@@ -11,6 +11,7 @@ from jaxserve.outputs import CompletionOutput, RequestOutput
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.answer import Answer
 from jaxserve.server.openai.conversation import render
+from jaxserve.server.openai.functions import as_tools
 from jaxserve.server.openai.generation import Generation
 from jaxserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.server.openai.requests import ChatRequest, parse_chat
@@ -32,6 +33,11 @@ from jaxserve.text.tokenizer import Tokenizer
 
 
 async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
+    with as_tools(body) as functions:
+        return await _chat(state, body, caller, functions)
+
+
+async def _chat(state: ServerState, body: dict[str, Any], caller: Caller, functions: bool) -> Response:
     request, conversation = parse_chat(body)
     model = state.check_model(request.model)
     params = request.params(state.engine.default_params)
@@ -46,7 +52,7 @@ async def chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Resp
     generation = Generation(state, [prompt], cache_salt, caller, params, written, make_parser=make_parser)
     echo = conversation.last_text if request.echo else ""
     id = f"chatcmpl-{caller.request_id}"
-    reply = _Reply(id, model, request, echo, state.engine.tokenizer, generation)
+    reply = _Reply(id, model, request, echo, state.engine.tokenizer, generation, functions)
     return await event_stream(reply.stream) if request.stream else await reply.whole()
 
 
@@ -59,8 +65,9 @@ class _Reply:
         echo: str,
         tokenizer: Tokenizer | None,
         generation: Generation,
+        functions: bool,
     ):
-        """`echo`: what every choice begins with."""
+        """`echo`: what every choice begins with; `functions`: calls are to have their older form."""
         self._id = id
         self._model = model
         self._request = request
@@ -68,7 +75,7 @@ class _Reply:
         self._tokenizer = tokenizer
         self._generation = generation
         self._top = request.top_logprobs or 0
-        self._answer = Answer(request.include_reasoning is not False)
+        self._answer = Answer(request.include_reasoning is not False, functions)
 
     async def whole(self) -> Response:
         choices: list[ChatChoice] = []

@@ -10,6 +10,7 @@ import msgspec
 
 from jaxserve.errors import InvalidRequest, renamed
 from jaxserve.server.openai import fields
+from jaxserve.server.openai.functions import messages_as_tools
 from jaxserve.server.state import ServerState
 from jaxserve.structs import to_struct
 from jaxserve.text.chat_template import content_text, part_kinds
@@ -98,9 +99,11 @@ def take_conversation(body: dict[str, Any]) -> Conversation:
     """Its fields, taken out of the body. Raises InvalidRequest."""
     mine = {name: body.pop(name) for name in Conversation.__struct_fields__ if name in body}
     messages = mine.get("messages")
-    for i, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict):
-            _check_message(message, f"messages[{i}]")
+    if isinstance(messages, list):
+        messages_as_tools(messages)
+        for i, message in enumerate(messages):
+            if isinstance(message, dict):
+                _check_message(message, f"messages[{i}]")
     return to_struct(mine, Conversation)
 
 
@@ -156,10 +159,6 @@ async def _render_apart(job: bytes) -> str:
 def _check_message(message: dict[str, Any], path: str) -> None:
     """What depends on the role; types are checked later."""
     role, content = message.get("role"), message.get("content")
-    if role == "function":
-        raise InvalidRequest(
-            f"{path}.role {role!r} is not supported by this server", f"{path}.role", "unsupported_field"
-        )
     fields.drop_no_ops(message, fields.MESSAGE, f"{path}.")
     given = [name for name in ("refusal", "reasoning", "reasoning_content") if message.get(name) is not None]
     if role == "assistant":

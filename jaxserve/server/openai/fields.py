@@ -21,8 +21,6 @@ SAMPLING: NoOps = {
 }
 CHAT: NoOps = {
     **SAMPLING,
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -31,11 +29,7 @@ CHAT: NoOps = {
 }
 COMPLETION: NoOps = {**SAMPLING, "suffix": (), "prompt_embeds": ()}
 STREAM_OPTIONS: NoOps = {"include_obfuscation": (False,)}
-MESSAGE: NoOps = {
-    "audio": (),
-    "annotations": ([],),
-    "function_call": (),
-}
+MESSAGE: NoOps = {"audio": (), "annotations": ([],)}
 
 
 def drop_no_ops(fields: dict[str, Any], unsupported: NoOps, path: str = "") -> None:

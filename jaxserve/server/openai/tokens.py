@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from jaxserve.errors import InvalidRequest
 from jaxserve.server.endpoint import Caller
 from jaxserve.server.openai.conversation import render, take_conversation
+from jaxserve.server.openai.functions import as_tools
 from jaxserve.server.openai.requests import parse_chat
 from jaxserve.server.openai.responses import json_response
 from jaxserve.server.state import ServerState
@@ -52,7 +53,8 @@ class Render(msgspec.Struct):
 
 async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
     """What a chat would give the model; a request that chat would refuse is refused."""
-    request, conversation = parse_chat(body)
+    with as_tools(body):
+        request, conversation = parse_chat(body)
     state.check_model(request.model)
     params = request.params(state.engine.default_params)
     tokenizer = _tokenizer(state)
@@ -65,7 +67,8 @@ async def render_chat(state: ServerState, body: dict[str, Any], caller: Caller) 
 async def tokenize(state: ServerState, body: dict[str, Any], caller: Caller) -> Response:
     if body.get("messages") is None:
         body.pop("messages", None)
-    conversation = take_conversation(body) if "messages" in body else None
+    with as_tools(body):
+        conversation = take_conversation(body) if "messages" in body else None
     request = to_struct(body, TokenizeRequest)
     state.check_model(request.model)
     tokenizer = _tokenizer(state)
