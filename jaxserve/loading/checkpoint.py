@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -13,13 +13,33 @@ from jaxserve.errors import ModelError
 from jaxserve.loading import sampling_defaults
 from jaxserve.loading.sampling_defaults import GENERATION_CONFIG, SamplingDefaults
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
+if TYPE_CHECKING:
+    from jaxserve.loading.safetensors_file import SafetensorsFile
+    from jaxserve.loading.torch_file import TorchFile
+
 FLOATS = ("F64", "F32", "F16", "BF16")
-TORCH = ("*.bin", "*.pt", "*.pth")
 GGUF_ENDS = ("eos", "eot", "eom")
 
 T = TypeVar("T")
+
+
+class Format(NamedTuple):
+    """How transformers names the files of a model's tensors."""
+
+    whole: str
+    """The one that holds all."""
+    parts: str
+    """A pattern for all of them."""
+
+    @property
+    def index(self) -> str:
+        """The file that says which part holds which tensor."""
+        return f"{self.whole}.index.json"
+
+
+SAFETENSORS = Format("model.safetensors", "*.safetensors")
+TORCH = Format("pytorch_model.bin", "pytorch_model*.bin")
+INDEX = SAFETENSORS.index
 
 
 class Checkpoint(ABC):
@@ -49,7 +69,7 @@ class Checkpoint(ABC):
 
 
 def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
-    """A .gguf file, a directory with one, or a directory with safetensors. Raises ModelError.
+    """A .gguf file, a directory with one, or one with safetensors or .bin files. Raises ModelError.
 
     Without `tensors` a directory needs no more than its config.json, and the checkpoint has no tensors.
     """
@@ -59,12 +79,20 @@ def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
     if not path.is_dir():
         raise ModelError(f"{path} is neither a model directory nor a .gguf file")
     files = sorted(path.glob("*.gguf"))
-    if (path / "config.json").exists() and (any(path.glob("*.safetensors")) or not files):
-        return SafetensorsCheckpoint(path, tensors)
+    if (path / "config.json").exists() and (format_in(path) or not files):
+        return DirectoryCheckpoint(path, tensors)
     if len(files) != 1:
         hint = ": give the path of one" if files else ""
-        raise ModelError(f"{path} has no .safetensors with a config.json, and {len(files)} .gguf files{hint}")
+        raise ModelError(
+            f"{path} has no .safetensors or {TORCH.whole} with a config.json, "
+            f"and {len(files)} .gguf files{hint}"
+        )
     return GGUFCheckpoint(files[0])
+
+
+def format_in(path: Path) -> Format | None:
+    """Of a directory's tensors: safetensors where there are both."""
+    return next((form for form in (SAFETENSORS, TORCH) if any(path.glob(form.parts))), None)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -107,24 +135,17 @@ class GGUFCheckpoint(Checkpoint):
         return self.path.name
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class DirectoryCheckpoint(Checkpoint):
     """Tensors are views of the memory-mapped files."""
 
     def __init__(self, path: Path, tensors: bool = True):
-        from jaxserve.loading.safetensors_file import SafetensorsFile
-
         self.path = path
         self.config = _read_json(path / "config.json", dict[str, Any])
         optional = path / GENERATION_CONFIG
         self._generation = _read_json(optional, dict[str, Any]) if optional.exists() else {}
         self.eos_token_ids = _ids([self._generation.get("eos_token_id"), self.config.get("eos_token_id")])
-        index = _index(path) if tensors else {}
-        names = (set(index.values()) or _files(path)) if tensors else ()
-        self._files = {file: SafetensorsFile(path / file) for file in names}
+        self._files = _open_files(path) if tensors else {}
         self._file_of = {name: file for file, opened in self._files.items() for name in opened.entries}
-        for name, file in index.items():
-            if self._file_of.get(name) != file:
-                raise ModelError(f"{path / INDEX} says that tensor {name} is in {file}, and it is not")
 
     def sampling_defaults(self) -> SamplingDefaults:
         return sampling_defaults.from_generation_config(self._generation, self.path / GENERATION_CONFIG)
@@ -149,26 +170,42 @@ class Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _files(path: Path) -> list[str]:
-    """The safetensors files of a directory without an index."""
-    names = [WHOLE] if (path / WHOLE).exists() else sorted(file.name for file in path.glob("*.safetensors"))
-    if not names:
-        torch = any(any(path.glob(pattern)) for pattern in TORCH)
-        hint = "; PyTorch's files are not read: save the model with safe_serialization=True" if torch else ""
+def _open_files(path: Path) -> "dict[str, SafetensorsFile | TorchFile]":
+    """The files of a directory's tensors, by their names."""
+    from jaxserve.loading.safetensors_file import SafetensorsFile
+    from jaxserve.loading.torch_file import TorchFile
+
+    form = format_in(path) or SAFETENSORS
+    index = _index(path / form.index)
+    names = dict.fromkeys(index.values()) or _files(path, form)
+    opened = {file: (SafetensorsFile if form is SAFETENSORS else TorchFile)(path / file) for file in names}
+    for name, file in index.items():
+        if name not in opened[file].entries:
+            raise ModelError(f"{path / form.index} says that tensor {name} is in {file}, and it is not")
+    return opened
+
+
+def _files(path: Path, form: Format) -> list[str]:
+    """The files of a directory without an index."""
+    if (path / form.whole).exists():
+        return [form.whole]
+    if not (names := sorted(file.name for file in path.glob(form.parts))):
+        torch = any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth"))
+        hint = f"; of PyTorch's files, {TORCH.whole} and its parts are read" if torch else ""
         raise ModelError(f"{path} has no .safetensors files{hint}")
     return names
 
 
 def _index(path: Path) -> dict[str, str]:
     """File of each tensor; empty without an index."""
-    if not (path / INDEX).exists():
+    if not path.exists():
         return {}
-    found = _read_json(path / INDEX, Index).weight_map
+    found = _read_json(path, Index).weight_map
     for file in found.values():
         if Path(file).name != file:
-            raise ModelError(f"{path / INDEX} leads out of its directory: {file}")
+            raise ModelError(f"{path} leads out of its directory: {file}")
     if not found:
-        raise ModelError(f"{path / INDEX} names no tensor")
+        raise ModelError(f"{path} names no tensor")
     return found
 
 

