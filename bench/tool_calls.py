@@ -94,8 +94,11 @@ async def ask(client: openai.AsyncOpenAI, model: str, i: int) -> str | None:
         "max_tokens": 1500,
     }
     if i % 4 < 2:
-        async with client.chat.completions.stream(**body) as stream:
-            completion = await stream.get_final_completion()
+        try:
+            async with client.chat.completions.stream(**body) as stream:
+                completion = await stream.get_final_completion()
+        except openai.LengthFinishReasonError as error:
+            return f"{i}: cut off: {error.completion.choices[0].to_json(indent=None)}"
     else:
         completion = await client.chat.completions.create(**body)
     (choice,) = completion.choices

@@ -33,6 +33,8 @@ OUTPUT: Part = {"type": "output"}
 """Where the form stands that a request asks for."""
 MORE = {"patternProperties", "minProperties", "$ref", "anyOf", "oneOf", "allOf"}
 """Keywords of schemas whose properties are not all of an object's."""
+MOST = 32
+"""Calls of an answer that must have some: a small model would make others for ever."""
 
 
 class Writing(NamedTuple):
@@ -142,7 +144,7 @@ def _one_or_more(writing: Writing, use: ToolUse, loose: bool) -> Part:
         "tags": _tags(writing, use, loose),
         "separator": writing.separator,
         "at_least_one": True,
-        "stop_after_first": not (use.many and writing.many),
+        "at_most": MOST if use.many and writing.many else 1,
     }
 
 

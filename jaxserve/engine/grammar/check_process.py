@@ -7,6 +7,7 @@ place, bytes]` is written when it is known. Ends with its input.
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import IO, Any
 import msgspec
 
 from jaxserve.engine.grammar import limits
-from jaxserve.engine.grammar.schema import embedded, subschemas
+from jaxserve.engine.grammar.schema import LEAD, embedded, subschemas
 from jaxserve.engine.grammar.vocabulary import Vocabulary
 
 PROBED = 3
@@ -86,7 +87,10 @@ def fault(vocabulary: Any, text: str) -> str | None:
 
 
 def reason(error: str) -> str:
-    """The library's own, without what it says of its state; cut where that is long."""
+    """The library's own, without what it says of its state, and of a pattern that is not as it was given;
+    cut where that is long."""
+    if LEAD in error:
+        error = re.sub(r"regex parse error:\n.*\nerror:", "regex parse error:", error, flags=re.DOTALL)
     return error.partition("\n<state>")[0].encode()[: limits.ANSWER_BYTES].decode(errors="ignore")
 
 

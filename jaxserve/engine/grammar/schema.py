@@ -30,6 +30,7 @@ MOST = 2**16
 BEFORE = 100
 """Characters that may come before what a pattern without `^` describes: a model that does not think of it
 would write others for ever."""
+LEAD = rf"^[\s\S]{{0,{BEFORE}}}(?:"
 
 
 def checked(schema: Any, param: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def begun(pattern: str) -> str:
     if "^" in plain or "$" in plain.removesuffix("$") or (ends and "|" in plain):
         return pattern
     described = pattern.removesuffix("$") if ends else pattern
-    return rf"^[\s\S]{{0,{BEFORE}}}(?:{described})" + "$" * ends
+    return f"{LEAD}{described})" + "$" * ends
 
 
 class _Check:

@@ -6,7 +6,7 @@ Both forms that clients send: `structures` with `triggers`, and the nested `form
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -66,6 +66,7 @@ class TagsWithSeparator(_Part, tag="tags_with_separator"):
     separator: str
     at_least_one: bool = False
     stop_after_first: bool = False
+    at_most: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 Format = (
@@ -196,7 +197,9 @@ class _Writer:
             case TagsWithSeparator():
                 self.some(part.tags, f"{at}.tags")
                 one = self.any_of([self.part(tag, f"{at}.tags[{i}]") for i, tag in enumerate(part.tags)])
-                more = one if part.stop_after_first else f"{one} ({self.literal(part.separator)} {one})*"
+                times = "*" if part.at_most is None else f"{{0,{part.at_most - 1}}}"
+                more = f"{one} ({self.literal(part.separator)} {one}){times}"
+                more = one if part.stop_after_first or part.at_most == 1 else more
                 return self.rule(more) if part.at_least_one else f"({self.rule(more)})?"
 
     def inside(self, tag: Tag, at: str) -> str:

@@ -14,7 +14,7 @@ from jaxserve.engine.grammar.vocabulary import Vocabulary
 from jaxserve.errors import InvalidRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.structs import to_struct
-from jaxserve.text.call_grammar import WRITINGS
+from jaxserve.text.call_grammar import MOST, WRITINGS
 from jaxserve.text.parsers import Message, collect
 from jaxserve.text.parsers.registry import TOOL_PARSERS
 from jaxserve.text.reading import Formats
@@ -99,6 +99,10 @@ def test_calls_are_as_many_as_may_be(write: Callable[..., Any]) -> None:
     for text, message in write(formats, **clock, parallel_tool_calls=False):
         assert text == '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
         assert [(call.name, call.arguments) for call in message.tool_calls] == [("clock", "{}")]
+    call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    begin = "\n".join([call] * (MOST - 1))
+    lengths = {len(message.tool_calls) for _, message in write(formats, **clock, begin=begin)}
+    assert lengths == {MOST - 1, MOST}
 
 
 @pytest.mark.parametrize(

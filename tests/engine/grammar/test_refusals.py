@@ -130,6 +130,7 @@ def test_schemas_are_refused_with_their_pointer(given: Any, pointer: str, compil
         compiler.compile(grammar(from_response_format(form), {}))
     assert refused.value.param == f"response_format.json_schema.schema#{pointer}"
     assert f"(at #{pointer})" in str(refused.value)
+    assert schema.LEAD not in str(refused.value)
 
 
 @pytest.mark.parametrize(("given", "field"), OTHERS, ids=range(len(OTHERS)))
