@@ -73,6 +73,8 @@ class EngineCore:
         dtype = weight_type(config.dtype, checkpoint.config, platform)
         kernels = choose_kernels(config, mesh, dtype)
         self.model = LoadedModel(checkpoint.config, mesh, dtype, kernels, config.quantization)
+        if not dummy:
+            self.model.check(checkpoint)  # before anything is compiled
         self.budget = fit(config, self.model, memory)
         self.shapes = self.budget.shapes
         self.hello = _hello(self.budget)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.kernels import PORTABLE, Kernels, serving
 from jaxserve.engine.step import KV, Model, Weights
-from jaxserve.loading.weights import Tensors, parameters
+from jaxserve.loading.weights import Tensors, check, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
 from jaxserve.models.layers.param import partition_spec
 from jaxserve.models.registry import model_class
@@ -84,6 +84,10 @@ class LoadedModel:
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(path))
             for path, leaf in self._leaves.items()
         ]
+
+    def check(self, checkpoint: Tensors) -> None:
+        """Raise ModelError naming the first tensor that is wrong; only headers are read."""
+        check(checkpoint, self._table)
 
     def load(self, checkpoint: Tensors) -> None:
         """Read the weights, few parameters at a time. Raises ModelError naming the tensor that is wrong."""

@@ -1,5 +1,6 @@
 """Open a model: its config, its end-of-sequence tokens, and its tensors under Hugging Face's names."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from jaxserve.loading.safetensors_file import SafetensorsFile
     from jaxserve.loading.torch_file import TorchFile
 
+NO_NUMBER = re.compile(rb'"([^"]+)"\s*:\s*(-?(?:NaN|Infinity))')
+"""Python writes these, and JSON has none of them."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads")
 FLOATS = ("F64", "F32", "F16", "BF16")
 GGUF_ENDS = ("eos", "eot", "eom")
 
@@ -67,13 +72,28 @@ class Checkpoint(ABC):
     def source(self, name: str) -> str:
         """The file that holds the tensor."""
 
+    def check_counts(self) -> None:
+        """Refuse counts of layers and heads that cannot be, before a model is built as large as they say."""
+        shapes = self.shapes()
+        largest = max((size for shape in shapes.values() for size in shape), default=0)
+        for keys, most, what in (LAYERS, len(shapes), "tensors"), (HEADS, largest, "numbers in a row"):
+            for key in keys:
+                if isinstance(count := self.config.get(key), int) and count > most:
+                    raise ModelError(f"{self.path} says {key} {count}, and has {most} {what}")
+
 
 def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
     """A .gguf file, a directory with one, or one with safetensors or .bin files. Raises ModelError.
 
     Without `tensors` a directory needs no more than its config.json, and the checkpoint has no tensors.
     """
-    path = Path(path)
+    checkpoint = _open(Path(path), tensors)
+    if tensors:
+        checkpoint.check_counts()
+    return checkpoint
+
+
+def _open(path: Path, tensors: bool) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         return GGUFCheckpoint(path)
     if not path.is_dir():
@@ -132,7 +152,7 @@ class GGUFCheckpoint(Checkpoint):
         return self._family.to_half_split(name, value, self.config)
 
     def source(self, name: str) -> str:
-        return self.path.name
+        return f"{self.path.name} ({self._names[name]})"
 
 
 class DirectoryCheckpoint(Checkpoint):
@@ -210,9 +230,14 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _read_json(path: Path, kind: type[T]) -> T:
+    text = b""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        text = path.read_bytes()
+        return msgspec.json.decode(text, type=kind)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if found := NO_NUMBER.search(text):
+            key, value = (part.decode(errors="replace") for part in found.groups())
+            raise ModelError(f"{path}: {key} is {value}, which is no number") from None
         raise ModelError(f"{path} cannot be read: {error}") from None
 
 
