@@ -91,7 +91,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, i: int) -> str | None:
         "parallel_tool_calls": i % 2 == 0,
         "temperature": 1.0,
         "seed": i,
-        "max_tokens": 1500,
+        "max_tokens": 4000,
     }
     if i % 4 < 2:
         try:
