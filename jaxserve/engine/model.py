@@ -90,10 +90,18 @@ class LoadedModel:
         check(checkpoint, self._table)
 
     def load(self, checkpoint: Tensors) -> None:
-        """Read the weights, few parameters at a time. Raises ModelError naming the tensor that is wrong."""
+        """Read the weights, few parameters at a time. Raises ModelError naming the tensor that is wrong.
+
+        On a terminal a bar shows how much of them is there.
+        """
+        from tqdm import tqdm
+
         placed: dict[str, jax.Array] = {}
-        for _, held in parameters(checkpoint, self._table, self._place, self._read_as):
-            placed |= held
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
+        with tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1.0, disable=None) as bar:
+            for _, held in parameters(checkpoint, self._table, self._place, self._read_as):
+                placed |= held
+                bar.update(sum(x.nbytes for x in held.values()))
         self.weights = [placed[path] for path in self._leaves]
 
     def fill(self, seed: int) -> None:
@@ -172,7 +180,12 @@ class LoadedModel:
             held = {path: value.astype(leaf.dtype, copy=False)}
         else:
             held = {f"{layer}.{part}": x for part, x in product.keep(value).items()}
-        return {path: jax.device_put(x, self._sharding(path)) for path, x in held.items()}
+        return {path: self._put(path, x) for path, x in held.items()}
+
+    def _put(self, path: str, x: np.ndarray) -> jax.Array:
+        # jax may keep what it is given: of a view of a file all of the file would stay
+        whole: jax.Array = jax.device_put(x if x.flags.writeable else x.copy(), self._sharding(path))
+        return whole
 
 
 def _products(module: nnx.Module) -> dict[str, Product]:

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 from jaxserve.loading.dequantise import FORMATS, Format, dequantise
+from jaxserve.loading.mapped import MappedFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -71,8 +72,7 @@ class GGUFFile:
         self.path = Path(path)
         self.tensors: dict[str, Entry] = {}
         try:
-            with open(self.path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = MappedFile(self.path)
             self._read_header()
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.path} is not a whole GGUF file: {error}") from None
@@ -80,12 +80,13 @@ class GGUFFile:
     def dequantised(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
         """A tensor as `dtype`, or as a view of its own type where it is F32, F16 or BF16."""
         entry = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, entry.bytes, self._start + entry.offset)
+        raw = self._file.numbers(np.uint8, entry.bytes, self._start + entry.offset)
         return dequantise(raw, entry.form, dtype).reshape(entry.shape)
 
     def _read_header(self) -> None:
-        reader = _Reader(self._data, len(MAGIC))
-        if self._data[: len(MAGIC)] != MAGIC:
+        data = self._file.data
+        reader = _Reader(data, len(MAGIC))
+        if data[: len(MAGIC)] != MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := reader.scalar("I")) not in VERSIONS:
             raise ValueError(f"version {version}; supported are {VERSIONS}")
@@ -97,7 +98,7 @@ class GGUFFile:
                 raise ValueError(f"the key {key!r} comes twice")
             places[key] = (kind, reader.at)
             reader.skip(kind)
-        self.metadata = Metadata(self.path, self._data, places)
+        self.metadata = Metadata(self.path, data, places)
         for _ in range(tensors):
             self._read_entry(reader)
         alignment = self.metadata.get("general.alignment", 32)
@@ -105,7 +106,7 @@ class GGUFFile:
             raise ValueError(f"general.alignment is {alignment!r}")
         self._start = -(-reader.at // alignment) * alignment
         for name, entry in self.tensors.items():
-            if self._start + entry.offset + entry.bytes > len(self._data):
+            if self._start + entry.offset + entry.bytes > len(data):
                 raise ValueError(f"tensor {name} ends beyond the end of the file")
 
     def _read_entry(self, reader: "_Reader") -> None:

@@ -5,7 +5,6 @@ Layout: https://github.com/huggingface/safetensors#format
 """
 
 import math
-import mmap
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import msgspec
 import numpy as np
 
 from jaxserve.errors import ModelError
+from jaxserve.loading.mapped import MappedFile
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -46,12 +46,11 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._start = LENGTH + int.from_bytes(self._data[:LENGTH], "little")
-            if self._start > len(self._data):
+            self._file = MappedFile(path)
+            self._start = LENGTH + int.from_bytes(self._file.data[:LENGTH], "little")
+            if self._start > len(self._file):
                 raise ValueError("the header ends beyond the end of the file")
-            header = msgspec.json.decode(self._data[LENGTH : self._start], type=dict[str, msgspec.Raw])
+            header = msgspec.json.decode(self._file.data[LENGTH : self._start], type=dict[str, msgspec.Raw])
             header.pop("__metadata__", None)
             self.entries = {name: msgspec.json.decode(raw, type=Entry) for name, raw in header.items()}
             for name, entry in self.entries.items():
@@ -65,8 +64,7 @@ class SafetensorsFile:
         """A read-only view in the tensor's own type."""
         entry = self.entries[name]
         start = self._start + entry.data_offsets[0]
-        view = np.frombuffer(self._data, DTYPES[entry.dtype], math.prod(entry.shape), start)
-        return view.reshape(entry.shape)
+        return self._file.numbers(DTYPES[entry.dtype], math.prod(entry.shape), start).reshape(entry.shape)
 
     def _check(self, name: str, entry: Entry) -> None:
         if entry.dtype not in DTYPES:
@@ -76,5 +74,5 @@ class SafetensorsFile:
         size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
         if min((start, *entry.shape)) < 0 or end - start != size:
             raise ValueError(f"tensor {name} {list(entry.shape)} has {end - start} bytes, not {size}")
-        if self._start + end > len(self._data):
+        if self._start + end > len(self._file):
             raise ValueError(f"tensor {name} ends beyond the end of the file")

@@ -5,7 +5,6 @@ storage, and the storages.
 """
 
 import io
-import mmap
 import pickle
 import struct
 import zipfile
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxserve.errors import ModelError
+from jaxserve.loading.mapped import MappedFile
 from jaxserve.loading.safetensors_file import DTYPES
 
 STORAGES = {
@@ -64,9 +64,8 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if self._data[:2] == b"\x80\x02":
+            self._file = MappedFile(path)
+            if self._file.data[:2] == b"\x80\x02":
                 raise ModelError(
                     f"{path} is in the format that torch wrote before 1.6: load and save it once with a "
                     f"newer one, torch.save(torch.load({path.name!r}, weights_only=True), {path.name!r})"
@@ -82,11 +81,11 @@ class TorchFile:
         """A read-only view in the tensor's own type."""
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
-        at = entry.record.at + entry.offset * dtype.itemsize
         if 0 in entry.shape:
             return np.empty(entry.shape, dtype)
+        numbers = self._file.numbers(dtype, _reach(entry), entry.record.at + entry.offset * dtype.itemsize)
         strides = [stride * dtype.itemsize for stride in entry.strides]
-        return np.ndarray(entry.shape, dtype, self._data, at, strides)
+        return np.ndarray(entry.shape, dtype, numbers, 0, strides)
 
     def _read_records(self) -> dict[str, Record]:
         """By their names, without the folder that all are in."""
@@ -94,11 +93,11 @@ class TorchFile:
             return {info.filename.partition("/")[2]: self._place(info) for info in archive.infolist()}
 
     def _place(self, info: zipfile.ZipInfo) -> Record:
-        signature, *lengths = LOCAL.unpack_from(self._data, info.header_offset)
+        signature, *lengths = LOCAL.unpack_from(self._file.data, info.header_offset)
         at = info.header_offset + LOCAL.size + sum(lengths)
         if signature != b"PK\x03\x04" or info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"record {info.filename} is no plain part of the archive")
-        if at + info.file_size > len(self._data):
+        if at + info.file_size > len(self._file):
             raise ValueError(f"record {info.filename} ends beyond the end of the file")
         return Record(at, info.file_size)
 
@@ -106,7 +105,7 @@ class TorchFile:
         if name not in self._records:
             raise ValueError(f"it has no record {name}")
         at, size = self._records[name]
-        return self._data[at : at + size]
+        return self._file.data[at : at + size]
 
     def _read_entries(self) -> dict[str, Entry]:
         if ORDER in self._records and (order := self._bytes(ORDER)) != b"little":
