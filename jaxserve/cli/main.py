@@ -15,6 +15,7 @@ COMMANDS = {
     "compile": "compile what a server would, ahead of its start",
     "plan": "say what a model takes on a device and what then fits, before anything is loaded",
     "pull": "fetch a model",
+    "convert": "write a model with its tensors in Orbax, JAX's own format",
     "models": "list the models that are here",
     "bench": "measure an engine or any OpenAI-compatible server, and compare results",
     "doctor": "say what device, driver, kernels and caches there are, and what is wrong",

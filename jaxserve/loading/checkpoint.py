@@ -15,6 +15,7 @@ from jaxserve.loading import sampling_defaults
 from jaxserve.loading.sampling_defaults import GENERATION_CONFIG, SamplingDefaults
 
 if TYPE_CHECKING:
+    from jaxserve.loading.orbax_directory import OrbaxDirectory
     from jaxserve.loading.safetensors_file import SafetensorsFile
     from jaxserve.loading.torch_file import TorchFile
 
@@ -44,6 +45,7 @@ class Format(NamedTuple):
 
 SAFETENSORS = Format("model.safetensors", "*.safetensors")
 TORCH = Format("pytorch_model.bin", "pytorch_model*.bin")
+ORBAX = Format("orbax", "orbax")
 INDEX = SAFETENSORS.index
 
 
@@ -83,7 +85,7 @@ class Checkpoint(ABC):
 
 
 def open_checkpoint(path: Path | str, tensors: bool = True) -> Checkpoint:
-    """A .gguf file, a directory with one, or one with safetensors or .bin files. Raises ModelError.
+    """A .gguf file, a directory with one, or one with safetensors, .bin files or Orbax. Raises ModelError.
 
     Without `tensors` a directory needs no more than its config.json, and the checkpoint has no tensors.
     """
@@ -111,8 +113,8 @@ def _open(path: Path, tensors: bool) -> Checkpoint:
 
 
 def format_in(path: Path) -> Format | None:
-    """Of a directory's tensors: safetensors where there are both."""
-    return next((form for form in (SAFETENSORS, TORCH) if any(path.glob(form.parts))), None)
+    """Of a directory's tensors: safetensors where there are several."""
+    return next((form for form in (SAFETENSORS, TORCH, ORBAX) if any(path.glob(form.parts))), None)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -190,12 +192,15 @@ class Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _open_files(path: Path) -> "dict[str, SafetensorsFile | TorchFile]":
+def _open_files(path: Path) -> "Mapping[str, SafetensorsFile | TorchFile | OrbaxDirectory]":
     """The files of a directory's tensors, by their names."""
+    from jaxserve.loading.orbax_directory import OrbaxDirectory
     from jaxserve.loading.safetensors_file import SafetensorsFile
     from jaxserve.loading.torch_file import TorchFile
 
     form = format_in(path) or SAFETENSORS
+    if form is ORBAX:
+        return {form.whole: OrbaxDirectory(path / form.whole)}
     index = _index(path / form.index)
     names = dict.fromkeys(index.values()) or _files(path, form)
     opened = {file: (SafetensorsFile if form is SAFETENSORS else TorchFile)(path / file) for file in names}
