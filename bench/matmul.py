@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxserve.models.layers.embedding import Embedding
 from jaxserve.models.layers.linear import Linear, Product
+from jaxserve.models.layers.param import Scope, plain
 
 LAYERS, HIDDEN, WIDE, VOCAB = 30, 576, 1536, 49152
 FORMS = {
@@ -32,10 +33,11 @@ DTYPE = jnp.dtype(ml_dtypes.bfloat16)
 def products(implementation: str, quantization: str | None) -> list[Product]:
     """Those of all layers, and the head; with weights."""
     made: list[Product] = []
+    scope = Scope(DTYPE)
     for _ in range(LAYERS):
         for depth, outs in [(HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), (WIDE, HIDDEN)]:
-            made.append(Linear((depth,), (outs,), (None, None), dtype=DTYPE))
-    made.append(Embedding(VOCAB, HIDDEN, DTYPE))
+            made.append(Linear(scope, plain(depth), plain(outs)))
+    made.append(Embedding(scope, VOCAB, HIDDEN))
     random = np.random.default_rng(0)
     for product in made:
         product.multiply_with(implementation, quantization)

@@ -22,7 +22,7 @@ from jaxserve.engine.shaping import Shaping
 from jaxserve.engine.step import SCORED
 from jaxserve.errors import ConfigError
 from jaxserve.models.layers.activation import GATES
-from jaxserve.models.layers.attention import HeadLayout
+from jaxserve.models.layers.heads import HeadLayout
 from jaxserve.models.layers.param import padded
 from jaxserve.pallas_kernels import native
 from jaxserve.pallas_kernels.matmul.tiles import OUTS

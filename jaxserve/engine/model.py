@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.kernels import PORTABLE, Kernels, serving
 from jaxserve.engine.step import KV, Model, Weights
-from jaxserve.loading.weights import Tensors, check, parameters
+from jaxserve.loading.weights import Source, Tensors, check, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
-from jaxserve.models.layers.param import partition_spec
+from jaxserve.models.layers.param import Scope, partition_spec, take_sources
 from jaxserve.models.registry import model_class
 from jaxserve.pallas_kernels.paged_attention import (
     AttentionMeta,
@@ -47,10 +47,11 @@ class LoadedModel:
         self.config = cls.Config.from_config(config)
         self.kernels = serving(kernels, self.dtype, self.config.head_dim)
         self.shards = mesh.shape["tensor"]
-        self._table = cls.tensors(self.config, self.shards)
+        self._table: dict[str, Source] = {}
 
         def build() -> nnx.Module:
-            module: nnx.Module = cls(self.config, self.shards, self.dtype)
+            module: nnx.Module = cls(self.config, Scope(self.dtype, self.shards))
+            self._table = take_sources(module)
             for product in _products(module).values():
                 product.multiply_with(kernels.matmul, quantization, rounded=kernels.rounded)
             return module
@@ -148,22 +149,28 @@ class LoadedModel:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        rotation: Rotation,
+        rotation: Rotation | None,
         pool: Pool,
+        *,
+        alibi: jax.Array | None = None,
         **options: Any,
     ) -> tuple[jax.Array, Pool]:
         """Attention with each device on its own heads: a pool that is never gathered."""
         op: Callable[..., tuple[jax.Array, Pool]] = partial(
             paged_attention, dtype=self.dtype, implementation=implementation, **options
         )
+        inputs = q, k, v, pool, meta, rotation
         if self.mesh.size == 1:
-            return op(q, k, v, pool, meta, rotation)
+            return op(*inputs, alibi=alibi)
         specs = (HEADS_SPEC, HEADS_SPEC, HEADS_SPEC, POOL_SPEC, PartitionSpec(), PartitionSpec())
-        sharded = jax.shard_map(
-            op, mesh=self.mesh, in_specs=specs, out_specs=(HEADS_SPEC, POOL_SPEC), check_vma=False
+        sharded: Callable[..., tuple[jax.Array, Pool]] = jax.shard_map(
+            lambda alibi, *inputs: op(*inputs, alibi=alibi),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec("tensor"), *specs),
+            out_specs=(HEADS_SPEC, POOL_SPEC),
+            check_vma=False,
         )
-        out: tuple[jax.Array, Pool] = sharded(q, k, v, pool, meta, rotation)
-        return out
+        return sharded(alibi, *inputs)
 
     def _sharding(self, path: str) -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(self._leaves[path].get_metadata()["axes"]))

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from jaxserve.models.layers.attention import EMPTY, HeadLayout
+from jaxserve.models.layers.heads import EMPTY, HeadLayout
 
 CASES = [
     (shards, group * kv_heads, kv_heads)

@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped KV heads, and how heads are laid out over a mesh."""
+"""Causal multi-head attention with grouped KV heads."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,84 +8,77 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxserve.models.config import Config
+from jaxserve.models.layers.heads import Heads, Split
 from jaxserve.models.layers.linear import Linear
-from jaxserve.models.layers.param import padded
-from jaxserve.pallas_kernels.paged_attention import Rotation
+from jaxserve.models.layers.param import Features, Scope, plain
+from jaxserve.models.layers.rope import Rope
+from jaxserve.pallas_kernels.paged_attention import PLAIN, Masking, Rotation
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
-"""(q [N, heads, dim], k, v [N, kv_heads, dim], rotation, pool, scale=…) -> (out [N, heads, dim], pool)."""
+"""(q [N, heads, dim], k, v [N, kv_heads, dim], rotation, pool, scale=…, masking=…, alibi=…) ->
+(out [N, heads, dim], pool)."""
 
-EMPTY = -1
 
+class QKNorm(NamedTuple):
+    """Queries and keys are normalised before they are turned."""
 
-class HeadLayout(NamedTuple):
-    """Which of a model's heads stands at each place of a `[kv_heads, group]` grid that shards evenly.
-
-    KV heads are padded with zero weights until the mesh divides them; where that leaves room for copies
-    of all of them, each copy serves a part of its query heads.
-    """
-
-    kv: np.ndarray
-    """[kv_heads] the model's KV head at each place; EMPTY for padding."""
-    q: np.ndarray
-    """[kv_heads, group] the model's query head at each place; EMPTY for padding."""
-
-    @classmethod
-    def over(cls, shards: int, heads: int, kv_heads: int) -> "HeadLayout":
-        """The layout for `shards` devices with the smallest pool, and in it the fewest places for heads."""
-        group, places = heads // kv_heads, padded(kv_heads, shards)
-        times = min(places // kv_heads, group)
-        width = -(-group // times)
-        kv = np.full(places, EMPTY)
-        q = np.full((places, width), EMPTY)
-        for head in range(kv_heads):
-            members = np.arange(head * group, (head + 1) * group)
-            for copy in range(times):
-                kv[head * times + copy] = head
-                part = members[copy * width : (copy + 1) * width]
-                q[head * times + copy, : len(part)] = part
-        return cls(kv, q)
-
-    def pick(self, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """rows [heads, ...] at each place of `index` (`self.q` or `self.kv`); zeros where it is EMPTY."""
-        if np.array_equal(index.ravel(), np.arange(len(rows))):
-            return rows.reshape(*index.shape, *rows.shape[1:])
-        out = rows[np.maximum(index, 0)]
-        out[index == EMPTY] = 0
-        return out
-
-    def fuse_qkv(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """[kv_heads, group + 2, dim, ...] from q [heads, dim, ...], k and v [kv_heads, dim, ...]."""
-        parts = self.pick(self.q, q), self.pick(self.kv, k)[:, None], self.pick(self.kv, v)[:, None]
-        return np.concatenate(parts, axis=1)
+    make: Callable[[Scope, Features], nnx.Module]
+    together: bool = False
+    """All heads as one; otherwise each for itself, with the same weights."""
+    names: tuple[str, str] = ("q_norm", "k_norm")
 
 
 class Attention(nnx.Module):
-    """Rotary causal self-attention: qkv is one weight [kv_heads, group + 2, dim, embed]."""
+    """qkv is one weight [kv_heads, group + 2, dim, embed], so that a shard is a slice of it."""
 
     def __init__(
         self,
-        features: int,
-        heads: HeadLayout,
-        head_dim: int,
+        scope: Scope,
+        c: Config,
         *,
+        qkv: tuple[str, str, str] | str = ("q_proj", "k_proj", "v_proj"),
+        split: Split | None = None,
+        out: str = "o_proj",
         qkv_bias: bool = False,
         out_bias: bool = False,
-        dtype: jnp.dtype,
+        rope: Rope | None = None,
+        scale: float | None = None,
+        masking: Masking = PLAIN,
+        qk_norm: QKNorm | None = None,
+        clip: float | None = None,
+        alibi: np.ndarray | None = None,
     ):
-        self.scale = head_dim**-0.5
-        places, group = heads.q.shape
-        axes = ("kv_heads", None, None, "embed")
-        self.qkv = Linear((features,), (places, group + 2, head_dim), axes, bias=qkv_bias, dtype=dtype)
-        axes = ("embed", "kv_heads", None, None)
-        self.out = Linear((places, group, head_dim), (features,), axes, bias=out_bias, dtype=dtype)
+        """`split` says how a checkpoint's one tensor `qkv` has the three. `alibi` is a slope for each head;
+        `clip` bounds queries, keys and values."""
+        heads = Heads(c.heads(scope.shards), c.head_dim, rope.order if rope else None)
+        embed = plain(c.hidden_size, "embed")
+        self.rope, self.masking, self.clip = rope, masking, clip
+        self.scale = c.head_dim**-0.5 if scale is None else scale
+        self.qkv = Linear(scope / qkv, embed, heads.qkv(split), bias=qkv_bias)
+        self.out = Linear(scope / out, heads.out(), embed, bias=out_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            sides = (heads.queries(), heads.keys()) if qk_norm.together else [heads.each()] * 2
+            scopes = (scope / name for name in qk_norm.names)
+            self.q_norm, self.k_norm = map(qk_norm.make, scopes, sides)
+        self.alibi = None
+        if alibi is not None:
+            self.alibi = tuple(heads.layout.pick(heads.layout.q, alibi).ravel().tolist())
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend, pool: jax.Array
+        self, x: jax.Array, rotation: Rotation | None, attend: Attend, pool: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [N, features] -> (float32 [N, features], pool)."""
         qkv = self.qkv(x)
+        if self.clip is not None:
+            qkv = jnp.clip(qkv, -self.clip, self.clip)
         n, places, width, dim = qkv.shape
-        q = qkv[:, :, :-2].reshape(n, places * (width - 2), dim)
-        out, pool = attend(q, qkv[:, :, -2], qkv[:, :, -1], rotation, pool, scale=self.scale)
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.reshape(n, places * (width - 2), dim)
+        how = {"scale": self.scale, "masking": self.masking}
+        alibi = None if self.alibi is None else jnp.array(self.alibi, jnp.float32)
+        out, pool = attend(q, k, v, rotation, pool, alibi=alibi, **how)
         return self.out(out.reshape(n, places, width - 2, dim)), pool

@@ -1,7 +1,6 @@
 """Matrix products with weights: the only place that knows how a weight is kept."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.layers.activation import ACTIVATIONS, GATES
-from jaxserve.models.layers.param import weight
+from jaxserve.models.layers.param import Features, Scope, parameter
 from jaxserve.pallas_kernels.matmul import (
     Implementation,
     gated,
@@ -33,16 +32,14 @@ class Product(nnx.Module):
 
     used: Used | None = None
 
-    def __init__(
-        self, out_shape: Sequence[int], in_shape: Sequence[int], axes: Sequence[str | None], dtype: jnp.dtype
-    ):
-        self.out_shape, self.in_shape = tuple(out_shape), tuple(in_shape)
-        self.dtype = dtype
+    def __init__(self, scope: Scope, inside: Features, out: Features):
+        self.out_shape, self.in_shape = out.shape, inside.shape
+        self.dtype = scope.dtype
         """Of the weight as it is given."""
         self.implementation: Implementation = "xla"
         self.result = jnp.dtype(jnp.float32)
         """Type of what `contract` gives."""
-        self.weight = weight((*out_shape, *in_shape), axes, dtype)
+        self.weight = scope.weight("weight", out, inside)
         self.scale: nnx.Param | None = nnx.data(None)
         """float32 [*out] of a weight that is kept in 8 bits."""
 
@@ -69,15 +66,15 @@ class Product(nnx.Module):
         number = self.dtype
         if quantization and outs[0] != "vocab":
             number = jnp.dtype(jnp.int8)
-            self.scale = weight(self.out_shape, outs, jnp.dtype(jnp.float32))
+            self.scale = parameter(self.out_shape, outs, jnp.dtype(jnp.float32))
         self.implementation = implementation
         if rounded and outs[0] != "vocab":
             self.result = self.dtype
         form = kept(*self.matrix, number, implementation)
         if implementation == "cpu":
-            self.weight = weight(form.shape, (outs[0], ins[0], None, None), form.dtype)
+            self.weight = parameter(form.shape, (outs[0], ins[0], None, None), form.dtype)
         else:
-            self.weight = weight((*self.out_shape, *self.in_shape), axes, form.dtype)
+            self.weight = parameter((*self.out_shape, *self.in_shape), axes, form.dtype)
 
     def keep(self, given: np.ndarray) -> dict[str, np.ndarray]:
         """The parameters that hold the weight [*out, *in]."""
@@ -110,17 +107,9 @@ class Product(nnx.Module):
 class Linear(Product):
     """x [N, *in] -> `result` [N, *out], with weight [*out, *in] and an optional bias [*out]."""
 
-    def __init__(
-        self,
-        in_shape: Sequence[int],
-        out_shape: Sequence[int],
-        axes: Sequence[str | None],
-        *,
-        bias: bool = False,
-        dtype: jnp.dtype,
-    ):
-        super().__init__(out_shape, in_shape, axes, dtype)
-        self.bias = weight(out_shape, axes[: len(out_shape)], dtype) if bias else None
+    def __init__(self, scope: Scope, inside: Features, out: Features, *, bias: bool = False):
+        super().__init__(scope, inside, out)
+        self.bias = scope.weight("bias", out) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.contract(x)

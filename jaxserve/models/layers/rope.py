@@ -14,8 +14,9 @@ from jaxserve.pallas_kernels.paged_attention import Rotation
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """Rotary positions as a model's config describes them (`rope_parameters` or `rope_scaling`)."""
+    """Rotary positions of heads of `head_dim` features, of which the first `dim` turn."""
 
+    head_dim: int
     dim: int
     theta: float
     max_position: int
@@ -24,17 +25,42 @@ class Rope(msgspec.Struct, frozen=True):
     options: Mapping[str, Any] = {}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dim: int) -> "Rope":
-        options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    def of(
+        cls,
+        options: Mapping[str, Any] | None,
+        head_dim: int,
+        max_position: int,
+        theta: float = 10000.0,
+        partial: float = 1.0,
+    ) -> "Rope":
+        """As a config describes them in `rope_parameters` (or `rope_scaling`), which may have `theta` and the
+        part of a head that turns, too. Raises ModelError."""
+        options = dict(options or {})
         kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
-        theta = options.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        theta = options.pop("rope_theta", None) or theta
+        partial = options.pop("partial_rotary_factor", None) or partial
+        dim = int(head_dim * partial)
         if kind not in _SCALINGS and kind not in ("default", "dynamic"):
             known = ", ".join(sorted([*_SCALINGS, "default", "dynamic"]))
             raise ModelError(f"rope type {kind!r} is not supported; supported: {known}")
         for key in _NEEDED.get(kind, ()):
             if not isinstance(options.get(key), int | float):
                 raise ModelError(f"rope type {kind!r} needs {key}, a number; it is {options.get(key)!r}")
-        return cls(dim, float(theta), int(config["max_position_embeddings"]), kind, options)
+        if dim % 2 or head_dim % 2 or not 0 < dim <= head_dim:
+            raise ModelError(f"{dim} of {head_dim} features of a head cannot be turned in pairs")
+        return cls(head_dim, dim, float(theta), max_position, kind, options)
+
+    def __hash__(self) -> int:
+        return hash((self.head_dim, self.dim, self.theta, self.max_position, self.kind))
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """[head_dim] which of the model's features is at each place: kernels turn pairs
+        (i, i + head_dim // 2), by an angle of 0 where nothing turns. None: each is where it was."""
+        if self.dim == self.head_dim:
+            return None
+        halves = np.split(np.arange(self.dim), 2), np.split(np.arange(self.dim, self.head_dim), 2)
+        return np.concatenate([part[i] for i in range(2) for part in halves])
 
     @property
     def reach(self) -> int:
@@ -52,7 +78,7 @@ class Rope(msgspec.Struct, frozen=True):
         else:
             scaled, factor = _SCALINGS[self.kind](self) if self.kind in _SCALINGS else (_plain(self), 1.0)
             frequencies = jnp.asarray(scaled, jnp.float32)
-        angles = p * frequencies
+        angles = jnp.pad(p * frequencies, ((0, 0), (0, (self.head_dim - self.dim) // 2)))
         return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
