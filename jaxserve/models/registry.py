@@ -9,6 +9,7 @@ from jaxserve.errors import ModelError
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "jaxserve.models.llama:Llama",
+    "MistralForCausalLM": "jaxserve.models.mistral:Mistral",
 }
 
 
