@@ -220,7 +220,7 @@ def temporaries(case: Case, shapes: Shapes, memory: Memory) -> int:
     gathered = logits + logits // shards if shards > 1 else 0
     width = padded(dims.intermediate_size, shards) // shards
     result = 2 if case.kernels.rounded else 4
-    gated = dims.hidden_act in GATES and not dims.mlp_bias and width % OUTS == 0
+    gated = dims.gated and dims.hidden_act in GATES and not dims.mlp_bias and width % OUTS == 0
     if case.kernels.matmul == "cpu" and gated:
         mlp = 4 * tokens * (width + 2 * dims.hidden_size)
     else:

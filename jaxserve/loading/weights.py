@@ -1,6 +1,6 @@
 """From a checkpoint's tensors to a model's parameters, placed on their devices few at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -32,8 +32,31 @@ class Source(NamedTuple):
 
 THREADS = 2
 """One waits for the disk or the interpreter while the other computes."""
-IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
+IGNORED = (
+    "rotary_emb.inv_freq",
+    "lm_head.weight",
+    "embed_out.weight",
+    # masks of GPT-2 and GPT-NeoX
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 """Endings of tensors that checkpoints carry and models derive or tie."""
+
+
+def named(table: Mapping[str, Source], found: Container[str]) -> dict[str, Source]:
+    """The table by the names of a checkpoint that was saved without the first part of them (`transformer.`),
+    as those of models without a head are."""
+
+    def name(full: str) -> str:
+        rest = full.partition(".")[2]
+        return rest if full not in found and rest in found else full
+
+    return {
+        path: source._replace(shapes={name(full): shape for full, shape in source.shapes.items()})
+        for path, source in table.items()
+    }
 
 
 def check(checkpoint: Tensors, table: Mapping[str, Source]) -> None:
@@ -61,6 +84,7 @@ def parameters(
 ) -> Iterator[tuple[str, Any]]:
     """(path, placed parameter) for each row of the table, `THREADS` at a time; quantised tensors are
     read as `dtype`."""
+    table = named(table, checkpoint.shapes())
     check(checkpoint, table)
 
     def make(path: str) -> Any:

@@ -10,6 +10,7 @@ from jaxserve.models.layers.activation import ACTIVATIONS
 from jaxserve.models.layers.heads import HeadLayout
 from jaxserve.models.layers.rope import Rope
 
+SLIDING = "sliding_attention"
 Count = Annotated[int, msgspec.Meta(gt=0)]
 
 
@@ -17,8 +18,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What engines and layers read of any model. A family adds its keys, with transformers' names and the
     defaults that its class has there: a config.json may leave those out."""
 
+    gated: ClassVar[bool] = True
+    """Whether the MLP has a gate."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """What a family's config calls keys of ours."""
+    """What a family's config calls keys of ours. They count for more than ours, where it has both."""
 
     vocab_size: Count
     hidden_size: Count
@@ -39,13 +42,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Raises ModelError naming the key that is missing or wrong."""
         try:
-            return msgspec.convert({cls.aliases.get(key, key): x for key, x in config.items()}, cls)
+            return msgspec.convert(
+                {**config, **{ours: config[key] for key, ours in cls.aliases.items() if key in config}}, cls
+            )
         except msgspec.ValidationError as error:
             raise ModelError(f"the model's config cannot be used: {error}") from None
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
         self._complete(num_key_value_heads=heads, head_dim=self.hidden_size // heads)
+        self._complete(intermediate_size=4 * self.hidden_size)
         if self.hidden_act not in ACTIVATIONS:
             raise ModelError(f"activation {self.hidden_act!r} is not supported: {', '.join(ACTIVATIONS)}")
         if heads % self.num_key_value_heads:
@@ -61,6 +67,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def longest(self) -> int:
         """Most tokens that a sequence can have."""
         return self.max_position_embeddings
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """What turns a layer's queries and keys."""
+        return None
 
     def window(self, layer: int) -> int:
         """How many of the last tokens a layer sees; 0: all."""
@@ -88,6 +98,9 @@ class RotaryConfig(Config, frozen=True, kw_only=True):
         options, positions = self.rope_parameters or self.rope_scaling, self.max_position_embeddings
         return Rope.of(options, self.head_dim, positions, self.rope_theta, self.partial_rotary_factor)
 
+    def rope_of(self, layer: int) -> Rope | None:
+        return self.rope
+
     @property
     def longest(self) -> int:
         return self.rope.reach
@@ -98,13 +111,15 @@ class WindowedConfig(RotaryConfig, frozen=True, kw_only=True):
 
     sliding_window: Count | None = None
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
-    """Left out: what a family's `slides` says."""
+    """Left out: as the family's `pattern` says."""
 
-    def slides(self, layer: int) -> bool:
-        """Whether a layer has the window, if there is one, where the config does not say so."""
+    def pattern(self, layer: int) -> bool:
+        """Whether a layer is one of those with a window."""
         return True
 
+    def slides(self, layer: int) -> bool:
+        """Whether a layer is one of those with a window, as the config or the family says."""
+        return self.pattern(layer) if self.layer_types is None else self.layer_types[layer] == SLIDING
+
     def window(self, layer: int) -> int:
-        types = self.layer_types
-        slides = self.slides(layer) if types is None else types[layer] == "sliding_attention"
-        return self.sliding_window or 0 if slides else 0
+        return self.sliding_window or 0 if self.slides(layer) else 0

@@ -1,5 +1,7 @@
 """Llama (Touvron et al., 2023) and its many descendants: RMSNorm, rotary GQA, gated MLP."""
 
+from typing import Any
+
 from jaxserve.models.config import RotaryConfig
 from jaxserve.models.layers.attention import Attention
 from jaxserve.models.layers.block import Block
@@ -8,7 +10,6 @@ from jaxserve.models.layers.embedding import Embedding, head
 from jaxserve.models.layers.mlp import GatedMLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.param import Scope
-from jaxserve.pallas_kernels.paged_attention import Masking
 
 
 class LlamaConfig(RotaryConfig, frozen=True, kw_only=True):
@@ -28,12 +29,17 @@ class Llama(Decoder):
             head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
         )
 
-    @staticmethod
-    def block(scope: Scope, c: LlamaConfig, layer: int) -> Block:
-        how = {"rope": c.rope, "masking": Masking(c.window(layer))}
+    @classmethod
+    def block(cls, scope: Scope, c: LlamaConfig, layer: int) -> Block:
         return Block(
             RMSNorm(scope / "input_layernorm", c.hidden_size, c.rms_norm_eps),
-            Attention(scope / "self_attn", c, **how, qkv_bias=c.attention_bias, out_bias=c.attention_bias),
+            cls.attention(scope / "self_attn", c, layer),
             RMSNorm(scope / "post_attention_layernorm", c.hidden_size, c.rms_norm_eps),
-            GatedMLP(scope / "mlp", c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias),
+            GatedMLP(scope / "mlp", c, bias=c.mlp_bias),
         )
+
+    @staticmethod
+    def attention(scope: Scope, c: LlamaConfig, layer: int, **more: Any) -> Attention:
+        """`more`: what a descendant has besides, or otherwise."""
+        bias = {"qkv_bias": c.attention_bias, "out_bias": c.attention_bias}
+        return Attention(scope, c, layer, **bias | more)

@@ -81,6 +81,14 @@ def test_tensors_that_models_derive_or_tie_are_passed_over(name):
     check(Tensors(**GOOD, **{name: (4,)}), TABLE)
 
 
+def test_names_may_lack_the_part_that_a_model_without_a_head_has_not():
+    table = {"whole": Source.one("model.a", (2, 3)), "head": Source.one("head.b", (1, 3))}
+    tensors = Tensors(**{"a": (2, 3), "head.b": (1, 3)})
+    assert [path for path, _ in parameters(tensors, table, lambda path, value: value)] == ["whole", "head"]
+    with pytest.raises(ModelError, match=r"tensor model\.a \[2, 3\] is missing"):
+        list(parameters(Tensors(**{"head.b": (1, 3)}), table, lambda path, value: value))
+
+
 def test_few_parameters_are_on_the_host_at_a_time_and_come_in_order():
     names = [f"t{i}" for i in range(50)]
     tensors = Tensors(**{name: (2, 3) for name in names})

@@ -27,8 +27,8 @@ class Comparison(NamedTuple):
     agreed: dict[str, int]
     """By mesh, how many of the tokens that we chose greedily are those that transformers chooses."""
     tensors: int
-    idle: list[str]
-    """Tensors that may be zeroed or replaced unnoticed, and what may be done."""
+    idle: list[tuple[str, str]]
+    """Tensors that may be zeroed (beside "") or replaced unnoticed, with what may take their place."""
 
 
 Ask = Callable[[Path], dict[str, dict[str, float]]]
@@ -44,9 +44,9 @@ def our_side() -> Iterator[Ask]:
 
         def ask(path: Path) -> dict[str, dict[str, float]]:
             print(path, file=process.stdin, flush=True)
-            answer = process.stdout.readline()
-            assert answer, f"our side ended with {process.wait()}"
-            return json.loads(answer)
+            answer = json.loads(process.stdout.readline())
+            assert isinstance(answer, dict), answer
+            return answer
 
         yield ask
         process.stdin.close()
@@ -72,14 +72,18 @@ def compare(case: str, ask: Ask, path: Path) -> Comparison:
         chosen = wanted["alone"][-GREEDY - 1 :].argmax(axis=1)
         agreed[mesh] = int((chosen == tokens["alone"][-GREEDY - 1 :]).sum())
     std = min(logits.std() for logits in wanted.values())
-    idle = [f"{name} {what}" for name, by in moved.items() for what, far in by.items() if far < MOVED]
-    return Comparison(float(std), errors, agreed, len(moved), [x for x in idle if not _theirs_too(model, x)])
+    idle = [
+        (name, other)
+        for name, by in moved.items()
+        for other, far in by.items()
+        if far < MOVED and not _idle_there(model, name, other)
+    ]
+    return Comparison(float(std), errors, agreed, len(moved), idle)
 
 
-def _theirs_too(model: reference.Model, idle: str) -> bool:
+def _idle_there(model: reference.Model, name: str, other: str) -> bool:
     """Whether transformers' model does not need a tensor either: what all keys have in common, where no
     position turns it, changes no attention."""
-    name, what = idle.split()
     tokens = prompts()["alone"]
-    without = reference.zeroed(model, name, tokens)
-    return what == "zeroed" and np.abs(without - reference.logits(model, tokens)).max() < MOVED
+    changed = reference.logits_without(model, name, other, tokens)
+    return np.abs(changed - reference.logits(model, tokens)).max() < MOVED

@@ -1,11 +1,13 @@
 """Our side of the comparison, a process with eight virtual devices: `python -m tests.models.ours`
 
 Each line of its input is the directory of a checkpoint. It writes ours.npz there, and prints a line of JSON:
-by tensor, how far the logits move when it is zeroed, and when another of its shape takes its place.
+by tensor, how far the logits move when it is zeroed (under ""), and when another of its shape takes its place
+(under the name of that). Or a text: what went wrong.
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ class Ours:
 
 
 def mutations(ours: Ours, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-    """How far the logits of a prompt move, by tensor and what is done to it."""
+    """How far the logits of a prompt move, by tensor and what takes its place."""
     tokens, part = prompts(), Part("alone", 0, 23)
     [wanted] = ours.run([part], tokens)
     shapes, whole = checkpoint.shapes(), ours.model.weights
@@ -102,10 +104,9 @@ def mutations(ours: Ours, checkpoint: Checkpoint) -> dict[str, dict[str, float]]
     for name, shape in shapes.items():
         alike = [other for other in shapes if shapes[other] == shape]
         other = alike[(alike.index(name) + 1) % len(alike)]
-        changes = {"zeroed": np.zeros(shape, np.float32), "replaced": checkpoint.tensor(other)}
+        changes = {"": np.zeros(shape, np.float32), other: checkpoint.tensor(other)}
+        changes.pop(name, None)
         for what, value in changes.items():
-            if what == "replaced" and other == name:
-                continue
             ours.model.weights = changed(ours.model, checkpoint, name, value)
             [logits] = ours.run([part], tokens)
             found[name][what] = float(np.abs(logits - wanted).max())
@@ -134,4 +135,8 @@ def compute(path: Path) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(compute(Path(line.strip()))), flush=True)
+        try:
+            answer: Any = compute(Path(line.strip()))
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), flush=True)

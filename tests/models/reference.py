@@ -47,12 +47,12 @@ def logits(model: Model, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
 
 
-def zeroed(model: Model, name: str, tokens: list[int]) -> np.ndarray:
-    """The logits that the model has without the tensor of that name."""
-    tensor = model.state_dict()[name]
-    held = tensor.clone()
+def logits_without(model: Model, name: str, other: str, tokens: list[int]) -> np.ndarray:
+    """The logits with a tensor zeroed, or with another one in its place."""
+    tensors = model.state_dict()
+    tensor, held = tensors[name], tensors[name].clone()
     with torch.no_grad():
-        tensor.zero_()
+        tensor.copy_(tensors[other] if other else torch.zeros(()))
         found = logits(model, tokens)
         tensor.copy_(held)
     return found

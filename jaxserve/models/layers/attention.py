@@ -12,8 +12,7 @@ from jaxserve.models.config import Config
 from jaxserve.models.layers.heads import Heads, Split
 from jaxserve.models.layers.linear import Linear
 from jaxserve.models.layers.param import Features, Scope, plain
-from jaxserve.models.layers.rope import Rope
-from jaxserve.pallas_kernels.paged_attention import PLAIN, Masking, Rotation
+from jaxserve.pallas_kernels.paged_attention import Masking, Rotation
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 """(q [N, heads, dim], k, v [N, kv_heads, dim], rotation, pool, scale=…, masking=…, alibi=…) ->
@@ -36,32 +35,33 @@ class Attention(nnx.Module):
         self,
         scope: Scope,
         c: Config,
+        layer: int,
         *,
         qkv: tuple[str, str, str] | str = ("q_proj", "k_proj", "v_proj"),
         split: Split | None = None,
         out: str = "o_proj",
         qkv_bias: bool = False,
         out_bias: bool = False,
-        rope: Rope | None = None,
         scale: float | None = None,
-        masking: Masking = PLAIN,
+        soft_cap: float | None = None,
         qk_norm: QKNorm | None = None,
         clip: float | None = None,
         alibi: np.ndarray | None = None,
     ):
         """`split` says how a checkpoint's one tensor `qkv` has the three. `alibi` is a slope for each head;
-        `clip` bounds queries, keys and values."""
+        `clip` bounds queries, keys and values. Rotation and window are what the config has for the layer."""
+        rope, masking = c.rope_of(layer), Masking(c.window(layer), soft_cap or 0.0)
         heads = Heads(c.heads(scope.shards), c.head_dim, rope.order if rope else None)
         embed = plain(c.hidden_size, "embed")
         self.rope, self.masking, self.clip = rope, masking, clip
         self.scale = c.head_dim**-0.5 if scale is None else scale
         self.qkv = Linear(scope / qkv, embed, heads.qkv(split), bias=qkv_bias)
         self.out = Linear(scope / out, heads.out(), embed, bias=out_bias)
-        self.q_norm = self.k_norm = None
+        q_norm = k_norm = None
         if qk_norm:
             sides = (heads.queries(), heads.keys()) if qk_norm.together else [heads.each()] * 2
-            scopes = (scope / name for name in qk_norm.names)
-            self.q_norm, self.k_norm = map(qk_norm.make, scopes, sides)
+            q_norm, k_norm = map(qk_norm.make, [scope / name for name in qk_norm.names], sides)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.alibi = None
         if alibi is not None:
             self.alibi = tuple(heads.layout.pick(heads.layout.q, alibi).ravel().tolist())

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.config import Config
 from jaxserve.models.layers.attention import Attend
-from jaxserve.models.layers.block import Block
+from jaxserve.models.layers.block import Block, ParallelBlock
 from jaxserve.models.layers.embedding import Embedding, Positions
 from jaxserve.models.layers.linear import Linear
 from jaxserve.models.layers.repeat import apply
@@ -27,14 +28,15 @@ class Decoder(nnx.Module):
         config: Config,
         *,
         embed: Embedding,
-        layers: Iterable[Block],
+        layers: Iterable[Block | ParallelBlock],
         norm: nnx.Module,
         head: Linear | None,
         positions: Positions | None = None,
         embed_norm: nnx.Module | None = None,
+        soft_cap: float | None = None,
     ):
-        """Without a `head` the embedding is the head too."""
-        self.config = config
+        """Without a `head` the embedding is the head too. `soft_cap` bounds the logits."""
+        self.config, self.soft_cap = config, soft_cap
         self.embed = embed
         self.positions = positions
         self.embed_norm = embed_norm
@@ -63,4 +65,5 @@ class Decoder(nnx.Module):
         """float32 [R, vocab] of hidden states [R, hidden]."""
         x = self.norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
-        return logits[:, : self.config.vocab_size]
+        logits = logits[:, : self.config.vocab_size]
+        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits

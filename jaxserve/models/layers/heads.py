@@ -14,6 +14,20 @@ Split = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray, np.ndarra
 (tensor, heads, kv_heads) -> q [heads * dim, ...], k and v [kv_heads * dim, ...]."""
 
 
+def rows(qkv: np.ndarray, heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All queries, then all keys, then all values."""
+    dim = len(qkv) // (heads + 2 * kv_heads)
+    q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim])
+    return q, k, v
+
+
+def groups(qkv: np.ndarray, heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each KV head: the queries that share it, its key, its value."""
+    grid = qkv.reshape(kv_heads, heads // kv_heads + 2, -1, *qkv.shape[1:])
+    q, k, v = (part.reshape(-1, *qkv.shape[1:]) for part in (grid[:, :-2], grid[:, -2], grid[:, -1]))
+    return q, k, v
+
+
 class HeadLayout(NamedTuple):
     """Which of a model's heads stands at each place of a `[kv_heads, group]` grid that shards evenly.
 

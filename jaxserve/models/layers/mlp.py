@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxserve.models.config import Config
 from jaxserve.models.layers.activation import ACTIVATIONS
 from jaxserve.models.layers.linear import GatedLinear, Linear
 from jaxserve.models.layers.param import Features, Scope, padded, plain
@@ -19,16 +20,14 @@ class GatedMLP(nnx.Module):
     def __init__(
         self,
         scope: Scope,
-        features: int,
-        width: int,
-        activation: str,
+        c: Config,
         *,
         bias: bool = False,
         gate_up: str | tuple[str, str] = ("gate_proj", "up_proj"),
         down: str = "down_proj",
     ):
-        self.activation = activation
-        embed, shards = plain(features, "embed"), scope.shards
+        self.activation = c.hidden_act
+        embed, width, shards = plain(c.hidden_size, "embed"), c.intermediate_size, scope.shards
         both = gated(width, shards, joined=isinstance(gate_up, str))
         self.gate_up = GatedLinear(scope / gate_up, embed, both, bias=bias)
         self.down = Linear(scope / down, wide(width, shards), embed, bias=bias)
@@ -40,11 +39,9 @@ class GatedMLP(nnx.Module):
 class MLP(nnx.Module):
     """down(act(up(x)))."""
 
-    def __init__(
-        self, scope: Scope, features: int, width: int, activation: str, up: str, down: str, *, bias: bool
-    ):
-        self.activation = activation
-        embed, inner = plain(features, "embed"), wide(width, scope.shards)
+    def __init__(self, scope: Scope, c: Config, up: str, down: str, *, bias: bool = True):
+        self.activation = c.hidden_act
+        embed, inner = plain(c.hidden_size, "embed"), wide(c.intermediate_size, scope.shards)
         self.up = Linear(scope / up, embed, inner, bias=bias)
         self.down = Linear(scope / down, inner, embed, bias=bias)
 
