@@ -10,6 +10,8 @@ from jaxserve.errors import ModelError
 ARCHITECTURES = {
     "LlamaForCausalLM": "jaxserve.models.llama:Llama",
     "MistralForCausalLM": "jaxserve.models.mistral:Mistral",
+    "Qwen2ForCausalLM": "jaxserve.models.qwen:Qwen2",
+    "Qwen3ForCausalLM": "jaxserve.models.qwen:Qwen3",
 }
 
 
