@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": "jaxserve.models.mistral:Mistral",
     "Qwen2ForCausalLM": "jaxserve.models.qwen:Qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen:Qwen3",
+    "GemmaForCausalLM": "jaxserve.models.gemma:Gemma",
 }
 
 
