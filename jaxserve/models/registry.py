@@ -13,6 +13,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "jaxserve.models.qwen:Qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen:Qwen3",
     "GemmaForCausalLM": "jaxserve.models.gemma:Gemma",
+    "Gemma2ForCausalLM": "jaxserve.models.gemma2:Gemma2",
+    "Gemma3ForCausalLM": "jaxserve.models.gemma2:Gemma3",
 }
 
 
