@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "GemmaForCausalLM": "jaxserve.models.gemma:Gemma",
     "Gemma2ForCausalLM": "jaxserve.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma2:Gemma3",
+    "Phi3ForCausalLM": "jaxserve.models.phi3:Phi3",
 }
 
 
