@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "jaxserve.models.gemma2:Gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma2:Gemma3",
     "Phi3ForCausalLM": "jaxserve.models.phi3:Phi3",
+    "Olmo2ForCausalLM": "jaxserve.models.olmo2:Olmo2",
 }
 
 
