@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "jaxserve.models.gemma2:Gemma3",
     "Phi3ForCausalLM": "jaxserve.models.phi3:Phi3",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2:Olmo2",
+    "SmolLM3ForCausalLM": "jaxserve.models.smollm3:SmolLM3",
 }
 
 
