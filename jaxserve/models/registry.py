@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": "jaxserve.models.phi3:Phi3",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2:Olmo2",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3:SmolLM3",
+    "Starcoder2ForCausalLM": "jaxserve.models.starcoder2:StarCoder2",
 }
 
 
