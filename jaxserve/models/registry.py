@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "Olmo2ForCausalLM": "jaxserve.models.olmo2:Olmo2",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3:SmolLM3",
     "Starcoder2ForCausalLM": "jaxserve.models.starcoder2:StarCoder2",
+    "GPTNeoXForCausalLM": "jaxserve.models.gpt_neox:GPTNeoX",
 }
 
 
