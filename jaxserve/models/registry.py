@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3:SmolLM3",
     "Starcoder2ForCausalLM": "jaxserve.models.starcoder2:StarCoder2",
     "GPTNeoXForCausalLM": "jaxserve.models.gpt_neox:GPTNeoX",
+    "PhiForCausalLM": "jaxserve.models.phi:Phi",
 }
 
 
