@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": "jaxserve.models.starcoder2:StarCoder2",
     "GPTNeoXForCausalLM": "jaxserve.models.gpt_neox:GPTNeoX",
     "PhiForCausalLM": "jaxserve.models.phi:Phi",
+    "GPT2LMHeadModel": "jaxserve.models.gpt2:GPT2",
 }
 
 
