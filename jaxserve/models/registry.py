@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "GPTNeoXForCausalLM": "jaxserve.models.gpt_neox:GPTNeoX",
     "PhiForCausalLM": "jaxserve.models.phi:Phi",
     "GPT2LMHeadModel": "jaxserve.models.gpt2:GPT2",
+    "OPTForCausalLM": "jaxserve.models.opt:OPT",
 }
 
 
