@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "PhiForCausalLM": "jaxserve.models.phi:Phi",
     "GPT2LMHeadModel": "jaxserve.models.gpt2:GPT2",
     "OPTForCausalLM": "jaxserve.models.opt:OPT",
+    "FalconForCausalLM": "jaxserve.models.falcon:Falcon",
 }
 
 
