@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "GPT2LMHeadModel": "jaxserve.models.gpt2:GPT2",
     "OPTForCausalLM": "jaxserve.models.opt:OPT",
     "FalconForCausalLM": "jaxserve.models.falcon:Falcon",
+    "BloomForCausalLM": "jaxserve.models.bloom:Bloom",
 }
 
 
