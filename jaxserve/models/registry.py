@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "OPTForCausalLM": "jaxserve.models.opt:OPT",
     "FalconForCausalLM": "jaxserve.models.falcon:Falcon",
     "BloomForCausalLM": "jaxserve.models.bloom:Bloom",
+    "MptForCausalLM": "jaxserve.models.mpt:MPT",
 }
 
 
