@@ -42,7 +42,7 @@ class Bloom(Decoder):
             embed_norm=norm(model / "word_embeddings_layernorm", c),
             layers=[self.block(model / f"h.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=norm(model / "ln_f", c),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @staticmethod

@@ -113,6 +113,12 @@ class WindowedConfig(RotaryConfig, frozen=True, kw_only=True):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     """Left out: as the family's `pattern` says."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            found, layers = len(self.layer_types), self.num_hidden_layers
+            raise ModelError(f"layer_types has {found} entries, and there are {layers} layers")
+
     def pattern(self, layer: int) -> bool:
         """Whether a layer is one of those with a window."""
         return True

@@ -62,7 +62,7 @@ class Falcon(Decoder):
             embed=Embedding(model / "word_embeddings", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"h.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=norm(model / "ln_f", c),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Gemma (Gemma Team, 2024): a Llama with scaled embeddings, norms with weights around zero, and GELU."""
 
+from typing import Literal
+
 import msgspec
 
 from jaxserve.models.config import Count, RotaryConfig
@@ -18,6 +20,7 @@ class GemmaConfig(RotaryConfig, frozen=True, kw_only=True):
     hidden_act: str = "gelu_pytorch_tanh"
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    use_bidirectional_attention: Literal[False] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +38,7 @@ class Gemma(Decoder):
             embed=Embedding(model / "embed_tokens", c.vocab_size, c.hidden_size, c.hidden_size**0.5),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=norm(model / "norm", c),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
             **more,
         )
 

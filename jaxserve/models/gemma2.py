@@ -2,7 +2,7 @@
 (2025): normalised queries and keys in place of caps, frequencies of their own in the layers with a window."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxserve.models.config import Count, WindowedConfig
 from jaxserve.models.gemma import Gemma, norm
@@ -22,6 +22,7 @@ class Gemma2Config(WindowedConfig, frozen=True, kw_only=True):
     hidden_act: str = "gelu_pytorch_tanh"
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    use_bidirectional_attention: Literal[False] | None = None
     sliding_window: Count | None = 4096
     query_pre_attn_scalar: float = 256.0
     attn_logit_softcapping: float | None = 50.0

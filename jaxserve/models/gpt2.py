@@ -7,7 +7,7 @@ from jaxserve.models.layers.attention import Attention
 from jaxserve.models.layers.block import Block
 from jaxserve.models.layers.decoder import Decoder
 from jaxserve.models.layers.embedding import Embedding, Positions, head
-from jaxserve.models.layers.heads import rows
+from jaxserve.models.layers.heads import Split, rows
 from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import LayerNorm
 from jaxserve.models.layers.param import Scope
@@ -36,25 +36,27 @@ class GPT2Config(Config, frozen=True, kw_only=True):
 
 class GPT2(Decoder):
     Config = GPT2Config
+    transposed: ClassVar = True
+    split: ClassVar[Split] = staticmethod(rows)
 
     def __init__(self, c: GPT2Config, scope: Scope):
         model = scope / "transformer"
-        layers = model._replace(transposed=True)
+        layers = model._replace(transposed=self.transposed)
         super().__init__(
             c,
             embed=Embedding(model / "wte", c.vocab_size, c.hidden_size),
             positions=Positions(model / "wpe", c.max_position_embeddings, c.hidden_size),
             layers=[self.block(layers / f"h.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=LayerNorm(model / "ln_f", c.hidden_size, c.layer_norm_epsilon),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
-    @staticmethod
-    def block(scope: Scope, c: GPT2Config, layer: int) -> Block:
+    @classmethod
+    def block(cls, scope: Scope, c: GPT2Config, layer: int) -> Block:
         scale = c.head_dim**-0.5 if c.scale_attn_weights else 1.0
         if c.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        how = {"qkv": "c_attn", "split": rows, "out": "c_proj", "qkv_bias": True, "out_bias": True}
+        how = {"qkv": "c_attn", "split": cls.split, "out": "c_proj", "qkv_bias": True, "out_bias": True}
         return Block(
             LayerNorm(scope / "ln_1", c.hidden_size, c.layer_norm_epsilon),
             Attention(scope / "attn", c, layer, scale=scale, **how),

@@ -35,7 +35,7 @@ class GPTNeoX(Decoder):
             embed=Embedding(model / "embed_in", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=LayerNorm(model / "final_layer_norm", c.hidden_size, c.layer_norm_eps),
-            head=None if c.tie_word_embeddings else head(scope / "embed_out", c.vocab_size, c.hidden_size),
+            head=head(scope / "embed_out", c),
         )
 
     @staticmethod

@@ -26,7 +26,7 @@ class Llama(Decoder):
             embed=Embedding(model / "embed_tokens", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=RMSNorm(model / "norm", c.hidden_size, c.rms_norm_eps),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @classmethod

@@ -56,7 +56,7 @@ class MPT(Decoder):
             embed=Embedding(model / "wte", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"blocks.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=norm(model / "norm_f", c),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @staticmethod

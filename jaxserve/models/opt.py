@@ -53,7 +53,7 @@ class OPT(Decoder):
             ),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=norm(model / "final_layer_norm", c),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @staticmethod

@@ -33,7 +33,7 @@ class Phi(Decoder):
             embed=Embedding(model / "embed_tokens", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=LayerNorm(model / "final_layernorm", c.hidden_size, c.layer_norm_eps),
-            head=head(scope / "lm_head", c.vocab_size, c.hidden_size, bias=True),
+            head=head(scope / "lm_head", c, bias=True),
         )
 
     @staticmethod

@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "GPTNeoXForCausalLM": "jaxserve.models.gpt_neox:GPTNeoX",
     "PhiForCausalLM": "jaxserve.models.phi:Phi",
     "GPT2LMHeadModel": "jaxserve.models.gpt2:GPT2",
+    "GPTBigCodeForCausalLM": "jaxserve.models.starcoder:StarCoder",
     "OPTForCausalLM": "jaxserve.models.opt:OPT",
     "FalconForCausalLM": "jaxserve.models.falcon:Falcon",
     "BloomForCausalLM": "jaxserve.models.bloom:Bloom",

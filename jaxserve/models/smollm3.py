@@ -1,5 +1,6 @@
 """SmolLM 3 (Hugging Face, 2025): a Llama in which every fourth layer knows no positions."""
 
+from jaxserve.errors import ModelError
 from jaxserve.models.config import Count, WindowedConfig
 from jaxserve.models.layers.rope import Rope
 from jaxserve.models.llama import Llama
@@ -13,14 +14,19 @@ class SmolLM3Config(WindowedConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
     use_sliding_window: bool = False
     no_rope_layers: list[int] | None = None
-    """0 for each layer without, 1 for each with positions."""
+    """For each layer 0 if it knows no positions, 1 if it does."""
     no_rope_layer_interval: Count = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = range(1, self.num_hidden_layers + 1)
+        self._complete(no_rope_layers=[int(i % self.no_rope_layer_interval != 0) for i in layers])
+        if len(self.no_rope_layers) != self.num_hidden_layers:
+            found, layers = len(self.no_rope_layers), self.num_hidden_layers
+            raise ModelError(f"no_rope_layers has {found} entries, and there are {layers} layers")
+
     def rope_of(self, layer: int) -> Rope | None:
-        with_rope = (layer + 1) % self.no_rope_layer_interval
-        if self.no_rope_layers is not None:
-            with_rope = self.no_rope_layers[layer]
-        return self.rope if with_rope else None
+        return self.rope if self.no_rope_layers[layer] else None
 
     def pattern(self, layer: int) -> bool:
         return self.rope_of(layer) is None

@@ -33,7 +33,7 @@ class StarCoder2(Decoder):
             embed=Embedding(model / "embed_tokens", c.vocab_size, c.hidden_size),
             layers=[self.block(model / f"layers.{i}", c, i) for i in range(c.num_hidden_layers)],
             norm=LayerNorm(model / "norm", c.hidden_size, c.norm_epsilon),
-            head=None if c.tie_word_embeddings else head(scope / "lm_head", c.vocab_size, c.hidden_size),
+            head=head(scope / "lm_head", c),
         )
 
     @staticmethod

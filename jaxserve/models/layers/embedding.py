@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.models.config import Config
 from jaxserve.models.layers.linear import Linear, Product
 from jaxserve.models.layers.param import Features, Scope, padded, plain
 from jaxserve.pallas_kernels.matmul import take
@@ -37,9 +38,11 @@ class Positions(nnx.Module):
         return self.weight[...][jnp.maximum(positions, 0) + self.offset].astype(jnp.float32)
 
 
-def head(scope: Scope, vocab: int, features: int, *, bias: bool = False) -> Linear:
-    """[N, features] -> logits float32 [N, vocab], by a table of its own."""
-    return Linear(scope, plain(features, "embed"), words(vocab, scope.shards), bias=bias)
+def head(scope: Scope, c: Config, *, bias: bool = False) -> Linear | None:
+    """[N, features] -> logits float32 [N, vocab], by a table of its own; None where the model ties them."""
+    if c.tie_word_embeddings:
+        return None
+    return Linear(scope, plain(c.hidden_size, "embed"), words(c.vocab_size, scope.shards), bias=bias)
 
 
 def words(vocab: int, shards: int) -> Features:

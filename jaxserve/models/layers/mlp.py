@@ -1,6 +1,7 @@
 """Feed-forward blocks."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -46,7 +47,7 @@ class MLP(nnx.Module):
         self.down = Linear(scope / down, inner, embed, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(ACTIVATIONS[self.activation](self.up(x).astype(jnp.float32)))
 
 
 def wide(width: int, shards: int) -> Features:
