@@ -110,9 +110,9 @@ def sampler_for(config: EngineConfig, platform: Platform) -> sampling.Implementa
     return platform.sampler if config.sampler == "auto" else config.sampler
 
 
-def serving(kernels: Kernels, dtype: Any, head_dim: int) -> Kernels:
+def serving(kernels: Kernels, dtype: Any, head_dim: int, alibi: bool = False) -> Kernels:
     """These, with XLA's attention where the chosen one does not serve such heads."""
-    if missing := paged_attention.why_not(kernels.attention, dtype, head_dim):
+    if missing := paged_attention.why_not(kernels.attention, dtype, head_dim, alibi):
         log.warning("slower without the kernel for attention: %s", missing)
         return kernels._replace(attention="xla")
     return kernels

@@ -122,7 +122,7 @@ def fit(config: EngineConfig, model: LoadedModel, memory: Memory) -> Budget:
     budget = _budget(case, memory)
     check_attention(case.kernels, case.dims.heads(case.shards).q.shape[1], budget.shapes.pool)
     if config.attention == "tpu" and case.kernels.attention != "tpu":
-        missing = why_not("tpu", case.dtype, case.dims.head_dim)
+        missing = why_not("tpu", case.dtype, case.dims.head_dim, case.dims.alibi)
         raise ConfigError(f"attention=tpu cannot be had for this model: {missing}")
     if case.kernels.attention == "tpu":
         _check_tables(budget.shapes, budget.max_model_len)

@@ -45,7 +45,7 @@ class LoadedModel:
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)
-        self.kernels = serving(kernels, self.dtype, self.config.head_dim)
+        self.kernels = serving(kernels, self.dtype, self.config.head_dim, self.config.alibi)
         self.shards = mesh.shape["tensor"]
         self._table: dict[str, Source] = {}
 

@@ -16,6 +16,7 @@ from jaxserve.models.layers.param import Scope
 
 class BloomConfig(Config, frozen=True, kw_only=True):
     gated: ClassVar = False
+    alibi: ClassVar = True
     aliases: ClassVar = {
         "n_embed": "hidden_size",
         "n_layer": "num_hidden_layers",

@@ -20,6 +20,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     gated: ClassVar[bool] = True
     """Whether the MLP has a gate."""
+    alibi: ClassVar[bool] = False
+    """Whether layers have ALiBi."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """What a family's config calls keys of ours. They count for more than ours, where it has both."""
 

@@ -28,6 +28,7 @@ class MPTAttentionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class MPTConfig(Config, frozen=True, kw_only=True):
     gated: ClassVar = False
+    alibi: ClassVar = True
     aliases: ClassVar = {
         "d_model": "hidden_size",
         "n_layers": "num_hidden_layers",

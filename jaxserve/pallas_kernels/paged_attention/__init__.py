@@ -63,12 +63,12 @@ def why_not_scaled(implementation: Implementation) -> str:
     return f"{name} reads KV of the weights' type" if name else ""
 
 
-def why_not(implementation: Implementation, dtype: Any, head_dim: int) -> str:
+def why_not(implementation: Implementation, dtype: Any, head_dim: int, alibi: bool = False) -> str:
     """Why an implementation does not serve such heads; empty when it does."""
     if implementation == "tpu":
         from jaxserve.pallas_kernels.paged_attention import tpu
 
-        return tpu.why_not(dtype, head_dim)
+        return tpu.why_not(dtype, head_dim, alibi=alibi or None)
     return ""
 
 

@@ -113,7 +113,8 @@ def test_what_it_computes():
     kinds = ("bfloat16", "float32", "float16", "int8")
     assert [kind for kind in kinds if not why_not("tpu", kind, 128)] == ["bfloat16", "float32"]
     assert [dim for dim in (64, 80, 128, 192) if why_not("tpu", "bfloat16", dim)] == [192]
-    assert not why_not("xla", "float16", 256)
+    assert [alibi for alibi in (False, True) if why_not("tpu", "bfloat16", 128, alibi)] == [True]
+    assert not why_not("xla", "float16", 256, alibi=True)
 
 
 def test_heads_are_padded_to_tiles_on_each_device():
