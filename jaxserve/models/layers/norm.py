@@ -21,10 +21,10 @@ class RMSNorm(nnx.Module):
         self.weight = scope.weight("weight", features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(jnp.float32) + self.offset
+        weight = self.weight[...].astype(jnp.float32)
         x = x.astype(jnp.float32)
         square = jnp.sum(x * x, axis=tuple(range(-weight.ndim, 0)), keepdims=True) / self.count
-        return x * lax.rsqrt(square + self.eps) * weight
+        return x * lax.rsqrt(square + self.eps) * (weight + self.offset if self.offset else weight)
 
 
 class LayerNorm(nnx.Module):

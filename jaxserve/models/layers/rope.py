@@ -78,8 +78,11 @@ class Rope(msgspec.Struct, frozen=True):
         else:
             scaled, factor = _SCALINGS[self.kind](self) if self.kind in _SCALINGS else (_plain(self), 1.0)
             frequencies = jnp.asarray(scaled, jnp.float32)
-        angles = jnp.pad(p * frequencies, ((0, 0), (0, (self.head_dim - self.dim) // 2)))
-        return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+        angles = p * frequencies
+        cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+        if still := (self.head_dim - self.dim) // 2:
+            cos, sin = (jnp.pad(x, ((0, 0), (0, still)), constant_values=y) for x, y in ((cos, 1), (sin, 0)))
+        return Rotation(cos, sin)
 
 
 def _plain(rope: Rope) -> np.ndarray:
