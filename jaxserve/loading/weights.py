@@ -62,6 +62,7 @@ def named(table: Mapping[str, Source], found: Container[str]) -> dict[str, Sourc
 def check(checkpoint: Tensors, table: Mapping[str, Source]) -> None:
     """Raise ModelError for the first missing, misshapen or unexpected tensor, from headers alone."""
     found = checkpoint.shapes()
+    table = named(table, found)
     wanted = {name: shape for source in table.values() for name, shape in source.shapes.items()}
     for name, shape in wanted.items():
         if name not in found:
@@ -84,8 +85,8 @@ def parameters(
 ) -> Iterator[tuple[str, Any]]:
     """(path, placed parameter) for each row of the table, `THREADS` at a time; quantised tensors are
     read as `dtype`."""
-    table = named(table, checkpoint.shapes())
     check(checkpoint, table)
+    table = named(table, checkpoint.shapes())
 
     def make(path: str) -> Any:
         source = table[path]

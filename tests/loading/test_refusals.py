@@ -135,7 +135,7 @@ def test_config(make_llama, tmp_path, key, value, said):
         ("block_count", 2**32 - 1, "num_hidden_layers 4294967295, and has 20 tensors"),
         ("attention.head_count", 2**32 - 1, "num_attention_heads 4294967295"),
         ("embedding_length", 512, "model.embed_tokens.weight in model.gguf (token_embd.weight)"),
-        ("feed_forward_length", 2**31, "mlp.gate_proj.weight in model.gguf (blk.0.ffn_gate.weight)"),
+        ("feed_forward_length", 2**31, "mlp.down_proj.weight in model.gguf (blk.0.ffn_down.weight)"),
     ],
 )
 def test_gguf_metadata(write, key, value, said):

@@ -16,9 +16,10 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, scope: Scope, features: int | Features, eps: float, offset: float = 0.0):
-        features = plain(features) if isinstance(features, int) else features
-        self.eps, self.offset, self.count = eps, offset, features.count
-        self.weight = scope.weight("weight", features)
+        sized = isinstance(features, int)
+        self.eps, self.offset = eps, offset
+        self.count = features if sized else features.count
+        self.weight = scope.weight("weight", plain(features) if sized else features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.weight[...].astype(jnp.float32)
