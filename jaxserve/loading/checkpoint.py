@@ -128,33 +128,29 @@ class GGUFCheckpoint(Checkpoint):
     """Tensors that the file does not quantise are views of it; `tensor` makes the others anew."""
 
     def __init__(self, path: Path):
-        from jaxserve.loading import gguf_llama
         from jaxserve.loading.gguf_file import GGUFFile
+        from jaxserve.loading.gguf_model import describe
 
         self.path = path
         self._file = GGUFFile(path)
         meta = self._file.metadata
         if (parts := meta.get("split.count", 1)) not in (0, 1):
             raise ModelError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
-        if (architecture := meta.get("general.architecture")) != "llama":
-            raise ModelError(f"{path} is of architecture {architecture!r}; supported in GGUF: llama")
-        self._family = gguf_llama
-        self._names = gguf_llama.names(self._file)
-        self.config = gguf_llama.config(self._file)
+        self._model = describe(self._file)
+        self.config = self._model.config
         self.eos_token_ids = _ids(meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in GGUF_ENDS)
 
     def sampling_defaults(self) -> SamplingDefaults:
         return sampling_defaults.from_gguf(self._file.metadata, self.path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._file.tensors[theirs].shape for name, theirs in self._names.items()}
+        return {name: self._file.tensors[theirs].shape for name, theirs in self._model.names.items()}
 
     def tensor(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
-        value = self._file.dequantised(self._names[name], dtype)
-        return self._family.to_half_split(name, value, self.config)
+        return self._model.as_saved(name, self._file.dequantised(self._model.names[name], dtype))
 
     def source(self, name: str) -> str:
-        return f"{self.path.name} ({self._names[name]})"
+        return f"{self.path.name} ({self._model.names[name]})"
 
 
 class DirectoryCheckpoint(Checkpoint):
