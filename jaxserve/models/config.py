@@ -1,5 +1,6 @@
 """A model's shape, from the keys of its `config.json`."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -43,17 +44,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Raises ModelError naming the key that is missing or wrong."""
+        known = {ours: config[theirs] for theirs, ours in cls.aliases.items() if theirs in config}
         try:
-            return msgspec.convert(
-                {**config, **{ours: config[key] for key, ours in cls.aliases.items() if key in config}}, cls
-            )
+            return msgspec.convert({**config, **known}, cls)
         except msgspec.ValidationError as error:
-            raise ModelError(f"the model's config cannot be used: {error}") from None
+            said = str(error)
+            for theirs, ours in cls.aliases.items():
+                if ours not in config:
+                    said = re.sub(rf"\b{ours}`", f"{theirs}`", said)
+            raise ModelError(f"the model's config cannot be used: {said}") from None
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
         self._complete(num_key_value_heads=heads, head_dim=self.hidden_size // heads)
         self._complete(intermediate_size=4 * self.hidden_size)
+        if not self.head_dim:
+            raise ModelError(f"{heads} heads cannot share hidden_size {self.hidden_size}")
         if self.hidden_act not in ACTIVATIONS:
             raise ModelError(f"activation {self.hidden_act!r} is not supported: {', '.join(ACTIVATIONS)}")
         if heads % self.num_key_value_heads:
