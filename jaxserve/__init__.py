@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine as AsyncEngine
     from jaxserve.engine.engine import LLM as LLM
     from jaxserve.engine.engine import Engine as Engine
+    from jaxserve.models.registry import register_model as register_model
     from jaxserve.outputs import CompletionOutput as CompletionOutput
     from jaxserve.outputs import RequestOutput as RequestOutput
     from jaxserve.sampling_params import BeamSearchParams as BeamSearchParams
@@ -27,6 +28,7 @@ _HOME = {
     "StructuredOutputsParams": "jaxserve.sampling_params",
     "RequestOutput": "jaxserve.outputs",
     "CompletionOutput": "jaxserve.outputs",
+    "register_model": "jaxserve.models.registry",
 }
 __all__ = sorted(_HOME)
 

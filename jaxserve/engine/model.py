@@ -16,7 +16,7 @@ from jaxserve.engine.step import KV, Model, Weights
 from jaxserve.loading.weights import Source, Tensors, check, parameters
 from jaxserve.models.layers.linear import Product, Quantization, Used
 from jaxserve.models.layers.param import Scope, partition_spec, take_sources
-from jaxserve.models.registry import model_class
+from jaxserve.models.registry import code_of, model_class
 from jaxserve.pallas_kernels.paged_attention import (
     AttentionMeta,
     Implementation,
@@ -42,6 +42,8 @@ class LoadedModel:
     ):
         """Builds the model abstractly; `load` or `fill` brings the weights, kept as the kernels read them."""
         cls: Any = model_class(config)
+        self.code = f"{cls.__module__}.{cls.__qualname__} {code_of(cls)}"
+        """What there is to know of its forward pass."""
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
         self.config = cls.Config.from_config(config)

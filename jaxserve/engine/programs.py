@@ -94,7 +94,7 @@ class Programs:
         self._slots = jax.tree.map(self._abstract, Slots.shapes(shapes.max_num_seqs, shapes.table_width))
         shaping = Shaping.shapes(shapes.max_num_seqs, shapes.vocab)
         self._shaping = jax.tree.map(self._abstract, shaping)
-        facts = (model.config, model.kernels, shapes, self._options, self._weights)
+        facts = (model.code, model.config, model.kernels, shapes, self._options, self._weights)
         self._shelf = Shelf(devices, *facts) if _are_here(devices) else None
         self._forward: dict[Bucket, Any] = {}
         self._shape: dict[tuple[int, ShapeVariant], Any] = {}
