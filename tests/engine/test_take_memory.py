@@ -3,10 +3,23 @@
 import threading
 import time
 
+import pytest
+
 from jaxserve import Engine, SamplingParams
 from jaxserve.engine import pages
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128, "num_blocks": 33}
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Engines that other tests keep have arranged theirs, and take no part."""
+    for thread in arranging():
+        thread.join(300)
+
+
+def arranging():
+    return [thread for thread in threading.enumerate() if thread.name == "memory"]
 
 
 def test_the_weights_get_large_pages_and_the_whole_pool_is_taken(model_dir, monkeypatch):
@@ -47,7 +60,6 @@ def test_it_makes_way_for_requests_and_ends_with_the_engine(model_dir, monkeypat
         time.sleep(0.1)  # the piece under way
         piece.clear()
         assert not piece.wait(0.3)
-    for thread in threading.enumerate():
-        if thread.name == "memory":
-            thread.join(10)
-            assert not thread.is_alive()
+    for thread in arranging():
+        thread.join(10)
+    assert not arranging()
