@@ -30,7 +30,7 @@ class Qwen2(Llama):
 
     @staticmethod
     def attention(scope: Scope, c: Qwen2Config, layer: int, **more: Any) -> Attention:
-        return Llama.attention(scope, c, layer, qkv_bias=True)
+        return Llama.attention(scope, c, layer, qkv_bias=True, out_bias=False)
 
 
 class Qwen3Config(Qwen2Config, frozen=True, kw_only=True):

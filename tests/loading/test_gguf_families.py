@@ -9,6 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
+from jaxserve.config import EngineConfig
+from jaxserve.engine.devices import make_mesh
+from jaxserve.engine.model import LoadedModel
 from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.loading.gguf_model import FAMILIES, Header
 from jaxserve.models.registry import model_class
@@ -128,6 +131,7 @@ def test_a_converted_model_is_the_one_it_was(tmp_path, family):
         np.testing.assert_allclose(ours.tensor(name), value, atol=1e-6, err_msg=name)
     same_model(ours.config, c.to_dict() | {"architectures": [type(model).__name__]})
     assert ours.config["model_type"] == c.model_type
+    LoadedModel(ours.config, make_mesh(EngineConfig(), 0), np.dtype("float32")).check(ours)
 
 
 @pytest.mark.parametrize(("layers", "scalar"), [(46, 48), (62, 48), (26, 32)])
