@@ -109,7 +109,7 @@ class _Check:
             raise self.refuse(f"{at}/{escaped(key)}", f"the keyword {key} cannot be enforced")
         self.values(schema, at)
         found = {key: self.keyword(key, value, at, depth) for key, value in self.plain(schema).items()}
-        if isinstance(found.get("pattern"), str) and "maxLength" not in found:
+        if isinstance(found.get("pattern"), str) and not found.keys() & {"maxLength", "enum", "const"}:
             found["pattern"] = begun(found["pattern"])
         return found
 

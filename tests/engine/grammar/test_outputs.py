@@ -59,6 +59,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "pattern": {"type": "string", "pattern": "^[A-Z]{2}-\\d{3}$"},
     "part of pattern": {"type": "string", "pattern": "ab+c", "maxLength": 30},
     "somewhere": {"type": "string", "pattern": "v1\\.0\\.\\d+"},
+    "one that is known": {"enum": ["x" * 200 + "v1.0.3"], "pattern": "v1\\.0\\.\\d+"},
     "at its end": {"type": "string", "pattern": "\\.jso?n$", "minLength": 3},
     "date": {"type": "string", "format": "date"},
     "ipv4": {"type": "string", "format": "ipv4"},
